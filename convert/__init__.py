@@ -1,0 +1,1 @@
+"""Checkpoint formats: reading and writing other frameworks' model files."""

