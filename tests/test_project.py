@@ -1,5 +1,6 @@
 """The project itself: what a wheel carries, and that the strict settings are really on."""
 
+import importlib
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,11 @@ def test_strict_settings():
         jnp.ones(2, jnp.float32) + jnp.ones(2, jnp.bfloat16)
     with pytest.raises(ValueError, match="rank"):
         jnp.ones((2, 3)) + jnp.ones(3)
+
+
+@pytest.mark.parametrize("name", ["intraslice_jax", "intraslice_jax.convert"])
+def test_annotations_are_checked(name):
+    assert type(importlib.import_module(name).__spec__.loader).__name__ == "_JaxtypingLoader"
 
 
 def test_works_without_torch():
