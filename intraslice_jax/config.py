@@ -1,0 +1,250 @@
+"""The shape of a model as data: one frozen description for dense and pruned models alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from intraslice_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """How wide one decoder layer is.
+
+    Attributes:
+        query_to_kv: for every query head the index of its KV head, non-decreasing. Its length is the number
+            of query heads; groups may have different sizes (ragged) after pruning.
+        qk_head_dim: channels of a query or key head.
+        rotary_dim: how many of these, from the first, are rotated; half of them are one RoPE pair's first
+            member, the other half its partner. 0 means no rotation.
+        v_head_dim: channels of a value head, and of a query head's slice of the o-projection's input.
+        intermediate_size: channels of the MLP.
+        sliding_window: how many positions a query sees, itself included; None means all earlier ones.
+    """
+
+    query_to_kv: tuple[int, ...]
+    qk_head_dim: int
+    rotary_dim: int
+    v_head_dim: int
+    intermediate_size: int
+    sliding_window: int | None = None
+
+    def __post_init__(self) -> None:
+        heads = self.query_to_kv
+        if not heads or list(heads) != sorted(heads) or set(heads) != set(range(heads[-1] + 1)):
+            raise InputError(f"query_to_kv must count up from 0 without gaps, found {heads}")
+        if self.rotary_dim % 2 or not 0 <= self.rotary_dim <= self.qk_head_dim:
+            raise InputError(f"rotary_dim {self.rotary_dim} is not an even number up to {self.qk_head_dim}")
+        if min(self.qk_head_dim, self.v_head_dim, self.intermediate_size) < 1:
+            raise InputError(f"a layer cannot have a width below 1: {self}")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise InputError(f"sliding_window must be at least 1, found {self.sliding_window}")
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Number of query heads."""
+        return len(self.query_to_kv)
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Number of key/value heads."""
+        return self.query_to_kv[-1] + 1
+
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        """Query heads per KV head."""
+        return tuple(self.query_to_kv.count(j) for j in range(self.num_key_value_heads))
+
+    @property
+    def num_key_value_groups(self) -> int | None:
+        """Query heads per KV head where all KV heads have equally many, else None."""
+        sizes = set(self.group_sizes)
+        return sizes.pop() if len(sizes) == 1 else None
+
+
+def uniform_query_to_kv(num_attention_heads: int, num_key_value_heads: int) -> tuple[int, ...]:
+    """The usual grouping: consecutive query heads share a KV head."""
+    if num_key_value_heads < 1 or num_attention_heads % num_key_value_heads:
+        raise InputError(
+            f"num_attention_heads ({num_attention_heads}) must be a multiple of "
+            f"num_key_value_heads ({num_key_value_heads})"
+        )
+    group = num_attention_heads // num_key_value_heads
+    return tuple(h // group for h in range(num_attention_heads))
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding: how inverse frequencies follow from the base and the scaling type.
+
+    `parameters` holds what the rope type needs beyond the base, as sorted (name, value) pairs with the names
+    that Hugging Face configurations use (`factor`, `low_freq_factor`, `short_factor`, ...).
+    """
+
+    theta: float = 10000.0
+    rope_type: str = "default"
+    parameters: tuple[tuple[str, Any], ...] = ()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value of one scaling parameter."""
+        return dict(self.parameters).get(name, default)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only language model, dense or pruned.
+
+    Attributes:
+        model_type: the Hugging Face name of the family (`llama`, `phi3`, ...).
+        head_dim: the *original* width of a query/key head: the softmax scale stays head_dim ** -0.5.
+        layers: one shape per decoder layer.
+        rotary_dim: rotated channels of a head in the original model; the frequency table has half as many
+            entries and every layer's `rope_pairs` index into it.
+        norm: `rms` or `layer` (LayerNorm with bias).
+        parallel_block: attention and MLP read the same normalised input (Phi-1/1.5/2).
+        gated_mlp: gate and up projections, else one plain projection `up_proj` before the activation.
+        attention_bias, attention_output_bias, mlp_bias, lm_head_bias: which linear maps carry a bias.
+        source: the original model's configuration file as JSON text (for stock exports), or "".
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    head_dim: int
+    rotary_dim: int
+    layers: tuple[LayerShape, ...]
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    max_position_embeddings: int = 2048
+    hidden_act: str = "silu"
+    norm: str = "rms"
+    norm_eps: float = 1e-6
+    parallel_block: bool = False
+    gated_mlp: bool = True
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    lm_head_bias: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    source: str = ""
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.layers)
+
+    def with_layers(self, layers: tuple[LayerShape, ...]) -> ModelConfig:
+        """The same model with other layer shapes."""
+        return dataclasses.replace(self, layers=layers)
+
+    def attention_parameters(self, shape: LayerShape) -> int:
+        """Weights and biases of one layer's attention."""
+        n_q, n_kv = shape.num_attention_heads, shape.num_key_value_heads
+        qkv = n_q * shape.qk_head_dim + n_kv * (shape.qk_head_dim + shape.v_head_dim)
+        biases = qkv * self.attention_bias + self.hidden_size * self.attention_output_bias
+        return self.hidden_size * (qkv + n_q * shape.v_head_dim) + biases
+
+    def mlp_parameters(self, shape: LayerShape) -> int:
+        """Weights and biases of one layer's MLP."""
+        inner = (2 if self.gated_mlp else 1) * shape.intermediate_size
+        biases = (inner + self.hidden_size) * self.mlp_bias
+        return self.hidden_size * (inner + shape.intermediate_size) + biases
+
+    def block_parameters(self) -> int:
+        """Attention and MLP parameters of all decoder layers: what pruning ratios are fractions of."""
+        return sum(self.attention_parameters(s) + self.mlp_parameters(s) for s in self.layers)
+
+    def total_parameters(self) -> int:
+        """All parameters: blocks, norms, embedding and (if not tied) head."""
+        norm = self.hidden_size * (2 if self.norm == "layer" else 1)
+        norms = norm * (self.num_layers * (1 if self.parallel_block else 2) + 1)
+        tables = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return self.block_parameters() + norms + tables + self.vocab_size * self.lm_head_bias
+
+    def distinct_shapes(self) -> int:
+        """How many different layer shapes there are: the number of compilations of a block."""
+        return len(set(self.layers))
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-serialisable dictionary; `from_json` is its inverse."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ModelConfig:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            InputError: a field is missing, unknown or malformed.
+        """
+        try:
+            values = dict(data)
+            values["layers"] = tuple(
+                LayerShape(**{**layer, "query_to_kv": tuple(layer["query_to_kv"])})
+                for layer in values["layers"]
+            )
+            rope = dict(values["rope"])
+            rope["parameters"] = tuple((name, _as_tuple(value)) for name, value in rope["parameters"])
+            values["rope"] = RopeConfig(**rope)
+            values["eos_token_id"] = tuple(values["eos_token_id"])
+            return cls(**values)
+        except (TypeError, KeyError) as error:
+            raise InputError(f"not a model configuration of this program: {error}") from error
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """Which text the statistics are taken on.
+
+    Attributes:
+        calibration: text files, or one `datasets` name (`NAME`, `NAME:CONFIG`), read as one stream.
+        split, column: where in the data set the text is.
+        samples: number of windows.
+        sequence_length: tokens per window.
+        seed: seed of the windows' positions.
+    """
+
+    calibration: tuple[str, ...] = ()
+    split: str = "train"
+    column: str = "text"
+    samples: int = 128
+    sequence_length: int = 2048
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """How a model is pruned.
+
+    Attributes:
+        sparsity: fraction of the attention and MLP parameters of the decoder layers to remove, in [0, 1).
+        ratios: which estimator spreads it over layers and modules.
+        align: MLP widths are multiples of this.
+        damping: added to the diagonal of a Gram matrix, times its mean diagonal.
+        batch_size: calibration windows per step, 0 to choose it from `memory_budget`.
+        memory_budget: bytes that one step's activations may take when `batch_size` is 0.
+    """
+
+    sparsity: float = 0.3
+    ratios: str = "uniform"
+    align: int = 8
+    damping: float = 0.01
+    batch_size: int = 0
+    memory_budget: int = 512 * 2**20
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity < 1:
+            raise InputError(f"sparsity must be in [0, 1), found {self.sparsity}; 0.3 removes 30 %")
+        if self.align < 1:
+            raise InputError(f"align must be at least 1, found {self.align}")
+        if self.batch_size < 0:
+            raise InputError(f"batch_size must be 0 (automatic) or more, found {self.batch_size}")

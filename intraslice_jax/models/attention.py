@@ -1,0 +1,137 @@
+"""Causal grouped-query attention whose groups may be ragged and whose heads may be narrow."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from intraslice_jax.config import LayerShape, ModelConfig
+from intraslice_jax.models.initialise import normal, optional_zeros
+from intraslice_jax.models.rope import RopeTable, rotate
+
+
+class RopePairs(nnx.Variable):
+    """Indices into the model's frequency table: data of a layer, not a trainable weight."""
+
+
+class Attention(nnx.Module):
+    """Projections [hidden, heads, width] around causal attention.
+
+    `rope_pairs` [KV heads, rotary_dim / 2] says which of the original head's frequencies each KV head kept.
+    """
+
+    def __init__(self, config: ModelConfig, shape: LayerShape, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.query_to_kv = shape.query_to_kv
+        self.scale = config.head_dim**-0.5
+        self.sliding_window = shape.sliding_window
+        hidden, n_q, n_kv = config.hidden_size, shape.num_attention_heads, shape.num_key_value_heads
+        qk, v = shape.qk_head_dim, shape.v_head_dim
+        self.q_proj = normal(rngs, (hidden, n_q, qk), dtype)
+        self.k_proj = normal(rngs, (hidden, n_kv, qk), dtype)
+        self.v_proj = normal(rngs, (hidden, n_kv, v), dtype)
+        self.o_proj = normal(rngs, (n_q, v, hidden), dtype)
+        self.q_bias = optional_zeros(config.attention_bias, (n_q, qk), dtype)
+        self.k_bias = optional_zeros(config.attention_bias, (n_kv, qk), dtype)
+        self.v_bias = optional_zeros(config.attention_bias, (n_kv, v), dtype)
+        self.o_bias = optional_zeros(config.attention_output_bias, (hidden,), dtype)
+        pairs = jnp.arange(shape.rotary_dim // 2, dtype=jnp.int32)
+        self.rope_pairs = RopePairs(jnp.tile(pairs, (n_kv, 1)))
+
+    def project(
+        self, x: Float[Array, "batch seq hidden"], rope: RopeTable
+    ) -> tuple[
+        Float[Array, "batch seq heads qk"], Float[Array, "batch seq kv qk"], Float[Array, "batch seq kv v"]
+    ]:
+        """Queries and keys after RoPE, and values."""
+        pairs = self.rope_pairs[...]
+        cos, sin = rope.cos[:, :, pairs], rope.sin[:, :, pairs]
+        to_kv = jnp.asarray(self.query_to_kv)
+        q = rotate(_project(x, self.q_proj, self.q_bias), cos[:, :, to_kv], sin[:, :, to_kv])
+        k = rotate(_project(x, self.k_proj, self.k_bias), cos, sin)
+        return q, k, _project(x, self.v_proj, self.v_bias)
+
+    def output(self, y: Float[Array, "batch seq heads v"]) -> Float[Array, "batch seq hidden"]:
+        """The o-projection."""
+        out = jnp.einsum("bthv,hvd->btd", y, self.o_proj[...])
+        return out if self.o_bias is None else out + self.o_bias[...][None, None]
+
+    def mix(self, x: Float[Array, "batch seq hidden"], rope: RopeTable) -> Float[Array, "batch seq heads v"]:
+        """The input of the o-projection: y in ALGORITHM terms (paper section 3.2)."""
+        q, k, v = self.project(x, rope)
+        return causal_attention(q, k, v, self.query_to_kv, self.scale, self.sliding_window)
+
+    def __call__(
+        self, x: Float[Array, "batch seq hidden"], rope: RopeTable
+    ) -> Float[Array, "batch seq hidden"]:
+        return self.output(self.mix(x, rope))
+
+
+def _project(x: Array, kernel: nnx.Param, bias: nnx.Param | None) -> Array:
+    y = jnp.einsum("btd,dhk->bthk", x, kernel[...])
+    return y if bias is None else y + bias[...][None, None]
+
+
+def causal_attention(
+    q: Float[Array, "batch seq heads qk"],
+    k: Float[Array, "batch seq kv qk"],
+    v: Float[Array, "batch seq kv v"],
+    query_to_kv: tuple[int, ...],
+    scale: float,
+    sliding_window: int | None = None,
+) -> Float[Array, "batch seq heads v"]:
+    """Softmax attention of every position to itself and the earlier ones.
+
+    Queries are taken in chunks and every chunk multiplies only the keys it may see, which saves close to half
+    of the arithmetic and bounds the score matrix.
+    """
+    seq = q.shape[1]
+    chunk = max(128, -(-seq // 8))
+    outputs = []
+    for start in range(0, seq, chunk):
+        stop = min(start + chunk, seq)
+        first = 0 if sliding_window is None else max(0, start - sliding_window + 1)
+        distance = jnp.arange(start, stop)[:, None] - jnp.arange(first, stop)[None, :]
+        visible = distance >= 0
+        if sliding_window is not None:
+            visible &= distance < sliding_window
+        outputs.append(
+            attend(q[:, start:stop], k[:, first:stop], v[:, first:stop], visible[None], query_to_kv, scale)
+        )
+    return jnp.concatenate(outputs, 1)
+
+
+def attend(
+    q: Float[Array, "batch queries heads qk"],
+    k: Float[Array, "batch keys kv qk"],
+    v: Float[Array, "batch keys kv v"],
+    visible: Bool[Array, "rows queries keys"],
+    query_to_kv: tuple[int, ...],
+    scale: float,
+) -> Float[Array, "batch queries heads v"]:
+    """Attention under an explicit mask, softmax in float32."""
+    batch, queries, heads, qk = q.shape
+    if (
+        len(set(query_to_kv)) * query_to_kv.count(0) != heads
+        or len(set(map(query_to_kv.count, query_to_kv))) > 1
+    ):
+        # Ragged groups: every query head gets its own copy of its key and value head.
+        to_kv = jnp.asarray(query_to_kv)
+        k, v = k[:, :, to_kv], v[:, :, to_kv]
+    kv = k.shape[2]
+    grouped = q.reshape(batch, queries, kv, heads // kv, qk)
+    scores = jnp.einsum("btngk,bsnk->bngts", grouped, k).astype(jnp.float32) * scale
+    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, -1).astype(v.dtype)
+    return jnp.einsum("bngts,bsnv->btngv", weights, v).reshape(batch, queries, heads, v.shape[-1])
+
+
+def write_cache(
+    cache: Float[Array, "batch slots kv width"],
+    new: Float[Array, "batch seq kv width"],
+    positions: Int[Array, "batch seq"],
+) -> Float[Array, "batch slots kv width"]:
+    """The cache with `new` stored at each row's positions."""
+    rows = jnp.arange(cache.shape[0])[:, None]
+    return cache.at[rows, positions].set(new, mode="drop", unique_indices=True)
