@@ -185,8 +185,7 @@ class ModelConfig:
         try:
             values = dict(data)
             values["layers"] = tuple(
-                LayerShape(**{**layer, "query_to_kv": tuple(layer["query_to_kv"])})
-                for layer in values["layers"]
+                LayerShape(**{**layer, "query_to_kv": tuple(layer["query_to_kv"])}) for layer in values["layers"]
             )
             rope = dict(values["rope"])
             rope["parameters"] = tuple((name, _as_tuple(value)) for name, value in rope["parameters"])

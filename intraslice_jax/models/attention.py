@@ -41,9 +41,7 @@ class Attention(nnx.Module):
 
     def project(
         self, x: Float[Array, "batch seq hidden"], rope: RopeTable
-    ) -> tuple[
-        Float[Array, "batch seq heads qk"], Float[Array, "batch seq kv qk"], Float[Array, "batch seq kv v"]
-    ]:
+    ) -> tuple[Float[Array, "batch seq heads qk"], Float[Array, "batch seq kv qk"], Float[Array, "batch seq kv v"]]:
         """Queries and keys after RoPE, and values."""
         pairs = self.rope_pairs[...]
         cos, sin = rope.cos[:, :, pairs], rope.sin[:, :, pairs]
@@ -59,12 +57,18 @@ class Attention(nnx.Module):
 
     def mix(self, x: Float[Array, "batch seq hidden"], rope: RopeTable) -> Float[Array, "batch seq heads v"]:
         """The input of the o-projection: y in ALGORITHM terms (paper section 3.2)."""
-        q, k, v = self.project(x, rope)
-        return causal_attention(q, k, v, self.query_to_kv, self.scale, self.sliding_window)
+        return self.mix_projected(*self.project(x, rope))
 
-    def __call__(
-        self, x: Float[Array, "batch seq hidden"], rope: RopeTable
-    ) -> Float[Array, "batch seq hidden"]:
+    def mix_projected(
+        self,
+        q: Float[Array, "batch seq heads qk"],
+        k: Float[Array, "batch seq kv qk"],
+        v: Float[Array, "batch seq kv v"],
+    ) -> Float[Array, "batch seq heads v"]:
+        """`mix` for queries, keys and values at hand."""
+        return attend_causally(q, k, v, self.query_to_kv, self.scale, self.sliding_window)
+
+    def __call__(self, x: Float[Array, "batch seq hidden"], rope: RopeTable) -> Float[Array, "batch seq hidden"]:
         return self.output(self.mix(x, rope))
 
 
@@ -73,7 +77,7 @@ def _project(x: Array, kernel: nnx.Param, bias: nnx.Param | None) -> Array:
     return y if bias is None else y + bias[...][None, None]
 
 
-def causal_attention(
+def attend_causally(
     q: Float[Array, "batch seq heads qk"],
     k: Float[Array, "batch seq kv qk"],
     v: Float[Array, "batch seq kv v"],
@@ -96,9 +100,7 @@ def causal_attention(
         visible = distance >= 0
         if sliding_window is not None:
             visible &= distance < sliding_window
-        outputs.append(
-            attend(q[:, start:stop], k[:, first:stop], v[:, first:stop], visible[None], query_to_kv, scale)
-        )
+        outputs.append(attend(q[:, start:stop], k[:, first:stop], v[:, first:stop], visible[None], query_to_kv, scale))
     return jnp.concatenate(outputs, 1)
 
 
@@ -112,10 +114,7 @@ def attend(
 ) -> Float[Array, "batch queries heads v"]:
     """Attention under an explicit mask, softmax in float32."""
     batch, queries, heads, qk = q.shape
-    if (
-        len(set(query_to_kv)) * query_to_kv.count(0) != heads
-        or len(set(map(query_to_kv.count, query_to_kv))) > 1
-    ):
+    if len(set(query_to_kv)) * query_to_kv.count(0) != heads or len(set(map(query_to_kv.count, query_to_kv))) > 1:
         # Ragged groups: every query head gets its own copy of its key and value head.
         to_kv = jnp.asarray(query_to_kv)
         k, v = k[:, :, to_kv], v[:, :, to_kv]

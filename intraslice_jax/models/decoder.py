@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -32,22 +32,18 @@ class Block(nnx.Module):
         self.mlp = MLP(config, shape, dtype, rngs)
 
     def mlp_input(
-        self, x: Float[Array, "batch seq hidden"], after_attention: Float[Array, "batch seq hidden"]
+        self, x: Float[Array, "batch seq hidden"] | None, after_attention: Float[Array, "batch seq hidden"]
     ) -> Float[Array, "batch seq hidden"]:
-        """What the MLP reads, given the block's input and the residual stream behind its attention."""
-        return self.input_norm(x) if self.post_norm is None else self.post_norm(after_attention)
+        """What the MLP reads, given the block's input (parallel blocks) and the stream behind its attention."""
+        return self.post_norm(after_attention) if self.post_norm is not None else self.input_norm(x)
 
-    def __call__(
-        self, x: Float[Array, "batch seq hidden"], rope: RopeTable
-    ) -> Float[Array, "batch seq hidden"]:
+    def __call__(self, x: Float[Array, "batch seq hidden"], rope: RopeTable) -> Float[Array, "batch seq hidden"]:
         after_attention = x + self.attention(self.input_norm(x), rope)
         return after_attention + self.mlp(self.mlp_input(x, after_attention))
 
 
 @jax.jit
-def run_block(
-    block: Block, x: Float[Array, "batch seq hidden"], rope: RopeTable
-) -> Float[Array, "batch seq hidden"]:
+def run_block(block: Block, x: Float[Array, "batch seq hidden"], rope: RopeTable) -> Float[Array, "batch seq hidden"]:
     """One layer, compiled once per distinct layer shape."""
     return block(x, rope)
 
@@ -105,8 +101,7 @@ class Decoder(nnx.Module):
 
 def abstract_arrays(config: ModelConfig, dtype: Any = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
     """Path, shape and dtype of every array of a model, without making one."""
-    _, leaves = _abstract(config, dtype)
-    return leaves
+    return _abstract(lambda: Decoder(config, dtype))[1]
 
 
 def decoder_from_arrays(config: ModelConfig, arrays: Mapping[str, Any]) -> Decoder:
@@ -115,30 +110,36 @@ def decoder_from_arrays(config: ModelConfig, arrays: Mapping[str, Any]) -> Decod
     Raises:
         InputError: a path is missing or left over, or an array has another shape.
     """
-    dtype = jnp.asarray(arrays["embed_tokens"]).dtype if "embed_tokens" in arrays else jnp.float32
-    graph, expected = _abstract(config, dtype)
+    return _fill(lambda dtype: Decoder(config, dtype), arrays, "embed_tokens")
+
+
+def block_from_arrays(config: ModelConfig, shape: LayerShape, arrays: Mapping[str, Any]) -> Block:
+    """One layer from a mapping of paths within it (`attention.q_proj`), checked like a whole decoder."""
+    return _fill(lambda dtype: Block(config, shape, dtype, nnx.Rngs(0)), arrays, "mlp.up_proj")
+
+
+def decoder_to_arrays(module: nnx.Module) -> dict[str, Array]:
+    """The inverse of `decoder_from_arrays`; works for a block as well."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(module)
+    return {_dotted(path): leaf for path, leaf in leaves}
+
+
+def _fill(make: Callable[[Any], Any], arrays: Mapping[str, Any], dtype_of: str) -> Any:
+    dtype = arrays[dtype_of].dtype if dtype_of in arrays else jnp.float32
+    treedef, expected = _abstract(lambda: make(dtype))
     missing, leftover = expected.keys() - arrays.keys(), arrays.keys() - expected.keys()
     if missing or leftover:
-        raise InputError(
-            f"weights do not fit the model: missing {_some(missing)}, left over {_some(leftover)}"
-        )
+        raise InputError(f"weights do not fit the model: missing {_some(missing)}, left over {_some(leftover)}")
     filled = []
     for path, want in expected.items():
         if tuple(arrays[path].shape) != want.shape:
             raise InputError(f"{path} has shape {tuple(arrays[path].shape)}, expected {want.shape}")
         filled.append(jnp.asarray(arrays[path], want.dtype))
-    return jax.tree.unflatten(graph, filled)
+    return jax.tree.unflatten(treedef, filled)
 
 
-def decoder_to_arrays(decoder: nnx.Module) -> dict[str, Array]:
-    """The inverse of `decoder_from_arrays`; works for a block as well."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(decoder)
-    return {_dotted(path): leaf for path, leaf in leaves}
-
-
-def _abstract(config: ModelConfig, dtype: Any) -> tuple[Any, dict[str, jax.ShapeDtypeStruct]]:
-    abstract = nnx.eval_shape(lambda: Decoder(config, dtype))
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract)
+def _abstract(make: Callable[[], Any]) -> tuple[Any, dict[str, jax.ShapeDtypeStruct]]:
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(nnx.eval_shape(make))
     return treedef, {_dotted(path): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves}
 
 
@@ -149,7 +150,4 @@ def _dotted(path: tuple[Any, ...]) -> str:
 
 def _some(names: Any, most: int = 4) -> str:
     listed = sorted(names)
-    return (
-        ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
-        or "nothing"
-    )
+    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "") or "nothing"

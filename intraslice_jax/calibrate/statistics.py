@@ -1,0 +1,132 @@
+"""Second moments of a layer's activations, accumulated batch by batch.
+
+Every function takes an accumulator and one batch of the residual stream [batch, seq, hidden] and returns the
+accumulator with the batch added; the accumulator's buffers are reused. Sums run over all tokens, in float32 and
+at the highest matmul precision (TPUs and GPUs would round the factors otherwise).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from intraslice_jax.models.attention import attend_causally
+from intraslice_jax.models.decoder import Block
+from intraslice_jax.models.rope import RopeTable
+
+
+class AttentionMoments(NamedTuple):
+    """What says which heads and RoPE pairs matter (ALGORITHM 2.1, 2.2)."""
+
+    head_gram: Float[Array, "heads v v"]
+    """Sum of y_h^T y_h for the o-projection's input y."""
+    pair_scores: Float[Array, "heads qk"]
+    """Sum of |q_c k_c| per query head and channel, after RoPE."""
+
+
+class MapMoments(NamedTuple):
+    """What a regression of target activations on inputs needs."""
+
+    gram: Float[Array, "inputs inputs"]
+    cross: Float[Array, "inputs targets"]
+    target_gram: Float[Array, "targets targets"]
+    input_sum: Float[Array, " inputs"]
+    target_sum: Float[Array, " targets"]
+
+
+class GramMoments(NamedTuple):
+    """Second moment and sum of one set of activations."""
+
+    gram: Float[Array, "channels channels"]
+    total: Float[Array, " channels"]
+
+
+def zeros_like_moments(kind: type, **shapes: tuple[int, ...]) -> NamedTuple:
+    """An empty accumulator."""
+    return kind(**{name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()})
+
+
+def _product(spec: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(spec, a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+
+def _flat(y: Array) -> Array:
+    """[batch, seq, heads, v] to [tokens, heads * v] in float32."""
+    return y.reshape(y.shape[0] * y.shape[1], -1).astype(jnp.float32)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def add_attention(
+    moments: AttentionMoments, block: Block, x: Float[Array, "batch seq hidden"], rope: RopeTable
+) -> AttentionMoments:
+    """Adds a batch to the moments of the attention as it is."""
+    attention = block.attention
+    q, k, v = attention.project(block.input_norm(x), rope)
+    y = attention.mix_projected(q, k, v).astype(jnp.float32)
+    k = k[:, :, jnp.asarray(attention.query_to_kv)]
+    return AttentionMoments(
+        moments.head_gram + _product("bthv,bthw->hvw", y, y),
+        moments.pair_scores + jnp.abs(q.astype(jnp.float32) * k.astype(jnp.float32)).sum((0, 1)),
+    )
+
+
+@functools.partial(jax.jit, donate_argnums=1)
+def finish_layer(
+    block: Block,
+    after_attention: Float[Array, "batch seq hidden"],
+    source: Float[Array, "batch seq hidden"] | None,
+) -> Float[Array, "batch seq hidden"]:
+    """The residual stream behind a layer, given it behind the layer's attention."""
+    return after_attention + block.mlp(block.mlp_input(source, after_attention))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def add_kept_attention(
+    moments: MapMoments,
+    block: Block,
+    x: Float[Array, "batch seq hidden"],
+    rope: RopeTable,
+    heads: Int[Array, " kept"],
+    channels: Int[Array, "kept width"],
+) -> MapMoments:
+    """Adds a batch to the moments of the attention re-run with what is kept (ALGORITHM 2.3).
+
+    Inputs are y' of the kept heads with the kept query/key channels (`channels` of each kept head), targets are
+    the full attention's y on the same x.
+    """
+    attention = block.attention
+    q, k, v = attention.project(block.input_norm(x), rope)
+    full = _flat(attention.mix_projected(q, k, v))
+    kv = jnp.asarray(attention.query_to_kv)[heads]
+    index = channels[None, None]
+    kept_q = jnp.take_along_axis(q[:, :, heads], index, -1)
+    kept_k = jnp.take_along_axis(k[:, :, kv], index, -1)
+    every = tuple(range(heads.shape[0]))
+    kept = attend_causally(kept_q, kept_k, v[:, :, kv], every, attention.scale, attention.sliding_window)
+    kept = _flat(kept)
+    return MapMoments(
+        moments.gram + _product("ni,nj->ij", kept, kept),
+        moments.cross + _product("ni,nj->ij", kept, full),
+        moments.target_gram + _product("ni,nj->ij", full, full),
+        moments.input_sum + kept.sum(0),
+        moments.target_sum + full.sum(0),
+    )
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def attend_and_add_mlp(
+    moments: GramMoments, block: Block, x: Float[Array, "batch seq hidden"], rope: RopeTable
+) -> tuple[GramMoments, Float[Array, "batch seq hidden"]]:
+    """Runs the (pruned) attention and adds the moments of the down-projection's input.
+
+    Returns:
+        The accumulator and the residual stream behind the attention.
+    """
+    after_attention = x + block.attention(block.input_norm(x), rope)
+    z = _flat(block.mlp.inner(block.mlp_input(x, after_attention)))
+    gram = moments.gram + _product("ni,nj->ij", z, z)
+    return GramMoments(gram, moments.total + z.sum(0)), after_attention

@@ -1,0 +1,204 @@
+"""Attention: which heads stay, how wide, on which RoPE pairs and in which value basis (ALGORITHM section 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from intraslice_jax.calibrate.statistics import MapMoments
+from intraslice_jax.config import LayerShape
+from intraslice_jax.prune.compensation import Compensation, Sums, relative_error, ridge
+from intraslice_jax.prune.linalg import eigh_descending, to_solver
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Kept query heads (ascending) of one layer and their common widths."""
+
+    heads: tuple[int, ...]
+    query_to_kv: tuple[int, ...]
+    """The KV head of each kept query head, numbered as before pruning."""
+    qk_width: int
+    v_width: int
+
+    @property
+    def kv_heads(self) -> tuple[int, ...]:
+        """KV heads that some kept query head reads (ascending)."""
+        return tuple(sorted(set(self.query_to_kv)))
+
+    @property
+    def local_query_to_kv(self) -> tuple[int, ...]:
+        """`query_to_kv` numbered among the kept KV heads."""
+        return tuple(self.kv_heads.index(j) for j in self.query_to_kv)
+
+
+class HeadEnergies:
+    """How much of the output each head carries in its k strongest components (ALGORITHM 2.1).
+
+    Attributes:
+        channel_scores: ||W_o[c]||^2 H_cc, [heads, v].
+        total: their sums over each head, [heads].
+        cumulative: share of the head's spectrum in its first k components, [heads, v + 1].
+    """
+
+    def __init__(self, o_proj: Float[Array, "heads v hidden"], head_gram: Float[Array, "heads v v"]) -> None:
+        gram = to_solver(head_gram)
+        norms = jnp.square(to_solver(o_proj)).sum(-1)
+        self.channel_scores = np.asarray(norms * jnp.diagonal(gram, axis1=1, axis2=2))
+        self.total = self.channel_scores.sum(1)
+        spectra = np.asarray(eigh_descending(gram)[0])
+        # A head that is never attended to has no spectrum and no energy.
+        shares = spectra / np.maximum(spectra.sum(1, keepdims=True), np.finfo(np.float64).tiny)
+        self.cumulative = np.concatenate([np.zeros((len(shares), 1)), np.cumsum(shares, 1)], 1)
+
+    def of(self, heads: np.ndarray, width: int) -> np.ndarray:
+        """E_h(width) of the given heads."""
+        return self.total[heads] * self.cumulative[heads, width]
+
+
+def plan_heads(energies: HeadEnergies, kept_channels: int) -> tuple[np.ndarray, int]:
+    """Which query heads to keep and their common even width, for a budget of o-projection input channels.
+
+    Returns:
+        Ascending head indices and the width k.
+    """
+    scores = energies.channel_scores
+    num_heads, full = scores.shape
+    kept_channels = max(2, min(kept_channels, scores.size))
+    best = np.argsort(-scores, axis=None, kind="stable")[:kept_channels]
+    among_best = np.bincount(best // full, minlength=num_heads)
+    kept = np.flatnonzero(among_best >= kept_channels / num_heads / 4)
+    # From here on heads leave in the order of their energy, the least first.
+    order = list(kept[np.argsort(energies.of(kept, full), kind="stable")])
+
+    def width(heads: list) -> int:
+        return min(kept_channels // len(heads), full)
+
+    def energy(heads: list) -> float:
+        return float(energies.of(np.asarray(heads), width(heads)).sum())
+
+    while len(order) > 1 and energy(order[1:]) > energy(order):
+        order.pop(0)
+    while len(order) > 1 and width(order) < 0.75 * full:
+        order.pop(0)
+    even = 2 * round(kept_channels / len(order) / 2)
+    return np.sort(np.asarray(order)), max(2, min(even, full))
+
+
+def select_pairs(
+    pair_scores: Float[Array, "heads qk"] | np.ndarray, plan: AttentionPlan, rotary_dim: int
+) -> Int[np.ndarray, "kv width"]:
+    """Query/key channels to keep for each kept KV head: the best RoPE pairs of its group (ALGORITHM 2.2).
+
+    Returns:
+        Channel indices [kept KV heads, qk_width]; the first half are the pairs' first members, ascending, the
+        second half their partners.
+    """
+    half = rotary_dim // 2
+    scores = np.asarray(pair_scores, np.float64)[list(plan.heads)]
+    scores = scores[:, :half] + scores[:, half:rotary_dim]
+    chosen = []
+    for kv in plan.kv_heads:
+        group = scores[np.asarray(plan.query_to_kv) == kv].sum(0)
+        pairs = np.sort(np.argsort(-group, kind="stable")[: plan.qk_width // 2])
+        chosen.append(np.concatenate([pairs, pairs + half]))
+    return np.asarray(chosen, np.int32)
+
+
+def value_bases(kept_gram: Float[Array, "inputs inputs"], plan: AttentionPlan) -> Float[Array, "kv v width"]:
+    """Principal directions of each group's y' (ALGORITHM 2.3).
+
+    Args:
+        kept_gram: second moment of the kept heads' y', [kept heads * v, kept heads * v].
+        plan: which heads belong together.
+    """
+    heads = len(plan.heads)
+    v = len(kept_gram) // heads
+    blocks = kept_gram.reshape(heads, v, heads, v)[jnp.arange(heads), :, jnp.arange(heads)]
+    groups = jnp.stack([blocks[np.asarray(plan.query_to_kv) == kv].sum(0) for kv in plan.kv_heads])
+    return eigh_descending(groups)[1][:, :, : plan.v_width]
+
+
+@dataclass(frozen=True)
+class PrunedAttention:
+    """New arrays of one attention module, its shape, and how well it imitates the dense one."""
+
+    arrays: dict[str, Array]
+    shape: LayerShape
+    relative_error: float
+    method: str
+
+
+def prune_attention(
+    arrays: Mapping[str, Array],
+    shape: LayerShape,
+    plan: AttentionPlan,
+    channels: Int[np.ndarray, "kv width"],
+    moments: MapMoments,
+    tokens: int,
+    damping: float,
+) -> PrunedAttention:
+    """Small attention weights: channels selected, value basis and ridge map fused (ALGORITHM 2.2, 2.3).
+
+    Args:
+        arrays: the module's weights by name (`q_proj` [hidden, heads, qk], ...).
+        shape: the layer before pruning.
+        plan: kept heads and widths.
+        channels: kept query/key channels per kept KV head.
+        moments: of the kept heads' y' against the full y.
+        tokens: how many tokens the moments sum over.
+        damping: relative ridge damping.
+    """
+    heads, kv_heads, local = list(plan.heads), list(plan.kv_heads), list(plan.local_query_to_kv)
+    gram, cross = to_solver(moments.gram), to_solver(moments.cross)
+    basis = value_bases(gram, plan)
+    rotation = _block_diagonal(basis[jnp.asarray(local)])
+    o_proj = to_solver(arrays["o_proj"]).reshape(-1, arrays["o_proj"].shape[-1])
+
+    sums = None
+    if "o_bias" in arrays:
+        sums = Sums(to_solver(moments.input_sum) @ rotation, to_solver(moments.target_sum), tokens)
+    gram, cross = rotation.T @ gram @ rotation, rotation.T @ cross
+    fit: Compensation = ridge(gram, cross, damping, sums)
+    error = relative_error(fit, gram, cross, to_solver(moments.target_gram), o_proj, sums)
+
+    new = {
+        "q_proj": _select(arrays["q_proj"], heads, channels[local]),
+        "k_proj": _select(arrays["k_proj"], kv_heads, channels),
+        "v_proj": jnp.einsum("dhv,hvw->dhw", to_solver(arrays["v_proj"][:, jnp.asarray(kv_heads)]), basis),
+        "o_proj": (fit.weights @ o_proj).reshape(len(heads), plan.v_width, -1),
+        "rope_pairs": jnp.take_along_axis(
+            arrays["rope_pairs"][jnp.asarray(kv_heads)], jnp.asarray(channels[:, : plan.qk_width // 2]), 1
+        ),
+    }
+    if "q_bias" in arrays:
+        new["q_bias"] = _select(arrays["q_bias"][None], heads, channels[local])[0]
+        new["k_bias"] = _select(arrays["k_bias"][None], kv_heads, channels)[0]
+        new["v_bias"] = jnp.einsum("hv,hvw->hw", to_solver(arrays["v_bias"][jnp.asarray(kv_heads)]), basis)
+    if fit.offset is not None:
+        new["o_bias"] = to_solver(arrays["o_bias"]) + fit.offset @ o_proj
+    new_shape = LayerShape(
+        plan.local_query_to_kv,
+        plan.qk_width,
+        plan.qk_width,
+        plan.v_width,
+        shape.intermediate_size,
+        shape.sliding_window,
+    )
+    return PrunedAttention(new, new_shape, error, fit.method)
+
+
+def _select(kernel: Array, heads: list[int], channels: np.ndarray) -> Array:
+    """kernel[:, heads[i], channels[i]] of a [rows, heads, width] array."""
+    return jnp.take_along_axis(kernel[:, jnp.asarray(heads)], jnp.asarray(channels)[None], -1)
+
+
+def _block_diagonal(blocks: Float[Array, "heads v width"]) -> Float[Array, "inputs outputs"]:
+    heads, v, width = blocks.shape
+    full = jnp.zeros((heads, v, heads, width), blocks.dtype)
+    full = full.at[jnp.arange(heads), :, jnp.arange(heads)].set(blocks)
+    return full.reshape(heads * v, heads * width)

@@ -1,0 +1,69 @@
+"""Ridge regression from moments: the best linear (or affine) map of kept activations onto dense ones."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from intraslice_jax.prune.linalg import centred, damped, solve_gram
+
+
+class Sums(NamedTuple):
+    """Sums over tokens, given where the fitted map may have an offset."""
+
+    inputs: Float[Array, " inputs"]
+    targets: Float[Array, " targets"]
+    tokens: int
+
+
+class Compensation(NamedTuple):
+    """targets ~ inputs @ weights + offset; `method` says how the solve went."""
+
+    weights: Float[Array, "inputs targets"]
+    offset: Float[Array, " targets"] | None
+    method: str
+
+
+def ridge(
+    gram: Float[Array, "inputs inputs"],
+    cross: Float[Array, "inputs targets"],
+    damping: float,
+    sums: Sums | None = None,
+) -> Compensation:
+    """Argmin ||inputs A - targets||^2 + damping mean(diag gram) ||A||^2 (ALGORITHM 2.3 and 3.2).
+
+    Args:
+        gram: sum of inputs^T inputs over tokens.
+        cross: sum of inputs^T targets.
+        damping: relative to the mean of the Gram matrix's diagonal.
+        sums: given, the map is affine and its offset absorbs the means.
+    """
+    if sums is not None:
+        gram = centred(gram, sums.inputs, sums.inputs, sums.tokens)
+        cross = centred(cross, sums.inputs, sums.targets, sums.tokens)
+    weights, method = solve_gram(damped(gram, damping), cross)
+    offset = None if sums is None else (sums.targets - sums.inputs @ weights) / sums.tokens
+    return Compensation(weights, offset, method)
+
+
+def relative_error(
+    fit: Compensation,
+    gram: Float[Array, "inputs inputs"],
+    cross: Float[Array, "inputs targets"],
+    target_gram: Float[Array, "targets targets"],
+    output: Float[Array, "targets hidden"],
+    sums: Sums | None = None,
+) -> float:
+    """||(inputs A + offset - targets) W||^2 / ||targets W||^2 over the calibration tokens, for a projection W."""
+    mapped = fit.weights @ output
+    error = (
+        jnp.sum(output * (target_gram @ output))
+        - 2 * jnp.sum(mapped * (cross @ output))
+        + jnp.sum(mapped * (gram @ mapped))
+    )
+    if sums is not None and fit.offset is not None:
+        # The offset is the mean residual, which centring removes: subtract its energy.
+        error -= sums.tokens * jnp.sum(jnp.square(fit.offset @ output))
+    return float(jnp.maximum(error, 0) / jnp.maximum(jnp.sum(output * (target_gram @ output)), 1e-30))

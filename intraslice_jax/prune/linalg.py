@@ -1,0 +1,80 @@
+"""The small dense solves: in float64 wherever a backend has it, guarded against indefinite Gram matrices."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+
+class Solution(NamedTuple):
+    """A least-squares map and how it was found (`cholesky` or `eigh`)."""
+
+    weights: Float[Array, "inputs targets"]
+    method: str
+
+
+@contextlib.contextmanager
+def solver_precision() -> Iterator[None]:
+    """Runs the enclosed solves in float64, on the host where the accelerator has no float64."""
+    device = jax.devices()[0]
+    if device.platform not in ("cpu", "gpu"):
+        device = jax.local_devices(backend="cpu")[0]
+    with jax.enable_x64(True), jax.default_device(device):
+        yield
+
+
+def to_solver(array: Array | np.ndarray) -> Float[Array, "..."]:
+    """A copy in the solver's dtype; call it inside `solver_precision`."""
+    return jnp.asarray(np.asarray(array), jnp.float64)
+
+
+def damped(gram: Float[Array, "n n"], damping: float) -> Float[Array, "n n"]:
+    """Symmetrised, with `damping` times the mean diagonal added to the diagonal (ALGORITHM section 1)."""
+    return 0.5 * (gram + gram.T) + damping * jnp.mean(jnp.diagonal(gram)) * jnp.eye(len(gram), dtype=gram.dtype)
+
+
+@jax.jit
+def eigh_descending(
+    grams: Float[Array, "batch n n"],
+) -> tuple[Float[Array, "batch n"], Float[Array, "batch n n"]]:
+    """Eigenvalues, clipped at 0, in descending order, with their eigenvectors as columns."""
+    values, vectors = jnp.linalg.eigh(0.5 * (grams + grams.swapaxes(1, 2)))
+    return jnp.maximum(values[:, ::-1], 0.0), vectors[:, :, ::-1]
+
+
+def solve_gram(gram: Float[Array, "n n"], cross: Float[Array, "n m"]) -> Solution:
+    """gram^-1 cross for a symmetric positive (semi-)definite Gram matrix.
+
+    Cholesky first; when that breaks down, an eigendecomposition whose eigenvalues are clipped at machine
+    precision times the largest.
+    """
+    weights = _cholesky_solve(gram, cross)
+    if bool(jnp.isfinite(weights).all()):
+        return Solution(weights, "cholesky")
+    return Solution(_eigh_solve(gram, cross), "eigh")
+
+
+@jax.jit
+def _cholesky_solve(gram: Array, cross: Array) -> Array:
+    return jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(gram, lower=True), cross)
+
+
+@jax.jit
+def _eigh_solve(gram: Array, cross: Array) -> Array:
+    values, vectors = jnp.linalg.eigh(gram)
+    floor = jnp.maximum(values[-1], 0) * len(gram) * jnp.finfo(gram.dtype).eps
+    inverse = jnp.where(values > floor, 1 / jnp.where(values > floor, values, 1), 0)
+    return vectors @ (inverse[:, None] * (vectors.T @ cross))
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def centred(gram: Array, left: Array, right: Array, count: int) -> Array:
+    """Second moment about the mean from the second moment about zero and the sums over `count` tokens."""
+    return gram - left[:, None] * right[None, :] / count
