@@ -1,0 +1,258 @@
+"""Text to windows of tokens, prepared as the pruning literature does."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Int
+from transformers import PreTrainedTokenizerBase
+
+from intraslice_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+_JOIN = "\n\n"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the field reads a well-known data set.
+
+    Attributes:
+        path, config, revision, files: arguments of `datasets.load_dataset`; `files` names the file of each
+            split where the whole set would be too large or the hub has no plain default.
+        column: where the text is.
+        join: what stands between two documents of the stream.
+        evaluation_split: the split perplexities are reported on.
+        documents: only so many documents from the first, per split; all where a split is not named.
+    """
+
+    path: str
+    config: str | None = None
+    revision: str | None = None
+    files: Mapping[str, str] | None = None
+    column: str = "text"
+    join: str = _JOIN
+    evaluation_split: str = "test"
+    documents: Mapping[str, int] = field(default_factory=dict)
+
+
+KNOWN = {
+    "wikitext2": Recipe("Salesforce/wikitext", "wikitext-2-raw-v1"),
+    # One shard of many: SparseGPT, and most work after it, evaluates on the first 1,100 documents.
+    "c4": Recipe(
+        "allenai/c4",
+        files={
+            "train": "en/c4-train.00000-of-01024.json.gz",
+            "validation": "en/c4-validation.00000-of-00008.json.gz",
+        },
+        join=" ",
+        evaluation_split="validation",
+        documents={"train": 10_000, "validation": 1_100},
+    ),
+    # The set's own loader is a script, which nothing runs any more; the hub keeps a converted copy.
+    "ptb": Recipe(
+        "ptb-text-only/ptb_text_only",
+        revision="refs/convert/parquet",
+        files={split: f"penn_treebank/{split}/0000.parquet" for split in ("train", "validation", "test")},
+        column="sentence",
+        join=" ",
+    ),
+    "alpaca": Recipe("tatsu-lab/alpaca", evaluation_split="train"),
+}
+"""Short names of well-known data sets."""
+
+
+def read_text(files: Sequence[str | Path]) -> str:
+    """UTF-8 text files as one text, an empty line between two files; a single file as it is.
+
+    Raises:
+        InputError: no file, or one that is missing, a folder, empty or not UTF-8.
+    """
+    if not files:
+        raise InputError("no text file was given; name at least one")
+    return _JOIN.join(_read_file(Path(file)) for file in files)
+
+
+def _read_file(path: Path) -> str:
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give text files (a data set's folder is read by its name)")
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise InputError(f"text file {path} does not exist; check the path") from None
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"text file {path} is not UTF-8 (byte {error.start}: 0x{error.object[error.start]:02x}); "
+            f"convert it first, for example: iconv -f latin1 -t utf-8"
+        ) from None
+    except OSError as error:
+        raise InputError(f"text file {path} cannot be read: {error.strerror}") from error
+    if not text.strip():
+        raise InputError(f"text file {path} is empty; give one that holds text")
+    return text
+
+
+def read_dataset(name: str, config: str | None = None, split: str | None = "train", column: str = "text") -> str:
+    """The text column of a `datasets` data set as one text.
+
+    Args:
+        name: a short name of `KNOWN` (its configuration, column and join string are the field's), a hub id, or a
+            local folder: data files, or what `save_to_disk` wrote.
+        config: the data set's configuration; not for short names.
+        split: which split; slices such as `train[:1%]` work. None means the one that perplexities are reported
+            on (`test` where the name says nothing else).
+        column: where the text is; not for short names. Documents are joined by an empty line.
+
+    Raises:
+        InputError: the data set, configuration, split or column does not exist, holds no text, or cannot be
+            downloaded.
+    """
+    recipe = KNOWN.get(name) or Recipe(name, config, column=column)
+    if name in KNOWN and config is not None:
+        raise InputError(
+            f"data set {name} is a short name for {recipe.path} and takes no configuration, found {config!r}; "
+            f"use the full name to choose one"
+        )
+    split = split or recipe.evaluation_split
+    rows = _load(recipe, name, split)
+    if recipe.column not in rows.column_names:
+        raise InputError(
+            f"data set {name} has no column {recipe.column!r} in split {split}; "
+            f"its columns are {', '.join(rows.column_names)}"
+        )
+    documents = rows[: recipe.documents.get(split, len(rows))][recipe.column]
+    odd = next((d for d in documents if not isinstance(d, str)), None)
+    if odd is not None:
+        raise InputError(
+            f"column {recipe.column!r} of data set {name} holds {type(odd).__name__} values, expected text; "
+            f"its columns are {', '.join(rows.column_names)}"
+        )
+    text = recipe.join.join(documents)
+    if not text.strip():
+        raise InputError(f"column {recipe.column!r} of data set {name}, split {split}, holds no text")
+    return text
+
+
+def _load(recipe: Recipe, name: str, split: str) -> Dataset:
+    """One split of a data set, every failure as an InputError."""
+    # Imported here: it takes seconds, and text files do not need it.
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError, DatasetsError
+
+    folder = Path(recipe.path)
+    if folder.is_file() or (recipe.path.startswith((".", "/", "~")) and not folder.exists()):
+        found = "is a file" if folder.is_file() else "does not exist"
+        raise InputError(f"data set {name} {found}; give a hub name or a folder")
+    try:
+        if any((folder / file).is_file() for file in ("dataset_dict.json", "state.json")):
+            return _saved_split(datasets.load_from_disk(recipe.path), name, split)
+        arguments: dict[str, Any] = {"split": split, "revision": recipe.revision}
+        if recipe.files is not None:
+            wanted = split.partition("[")[0]
+            if wanted not in recipe.files:
+                raise InputError(f"data set {name} has no split {split!r}; its splits are {_list(recipe.files)}")
+            arguments["data_files"] = {wanted: recipe.files[wanted]}
+        return datasets.load_dataset(recipe.path, recipe.config, **arguments)
+    except InputError:
+        raise
+    except DatasetNotFoundError as error:
+        raise InputError(f"data set {name} was not found{_nearest(name)}: {_line(error)}") from error
+    except ConnectionError as error:
+        raise InputError(
+            f"data set {name} cannot be downloaded ({_line(error)}){_nearest(name)}; without a network give the "
+            f"folder of a local copy, or text files"
+        ) from error
+    except (DatasetsError, ValueError, OSError, RuntimeError) as error:
+        # Unknown splits and configurations arrive here; the message lists those that exist.
+        raise InputError(f"data set {name}, split {split}: {_line(error)}") from error
+
+
+def _saved_split(saved: Dataset | DatasetDict, name: str, split: str) -> Dataset:
+    """The split of what `save_to_disk` wrote; a single table serves as any split."""
+    import datasets
+
+    if isinstance(saved, datasets.Dataset):
+        return saved
+    if split not in saved:
+        raise InputError(f"data set {name} has no split {split!r}; its splits are {_list(saved)}")
+    return saved[split]
+
+
+def _nearest(name: str) -> str:
+    near = difflib.get_close_matches(name, KNOWN, n=1)
+    return f" (did you mean {near[0]}?)" if near and near[0] != name else ""
+
+
+def _list(names: Any) -> str:
+    return ", ".join(map(str, names))
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Int[np.ndarray, " tokens"]:
+    """The token ids of a whole text, int32, without special tokens."""
+    # verbose=False: the stream is cut into windows later, so a note that it exceeds the context would mislead.
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return np.asarray(ids, np.int32)
+
+
+def sample_windows(
+    stream: Int[np.ndarray, " tokens"], samples: int, sequence_length: int, seed: int
+) -> Int[np.ndarray, "samples length"]:
+    """Calibration windows at random positions of the stream, overlaps allowed.
+
+    The positions are those of the field's programs (GPTQ, SparseGPT, Wanda, SliceGPT) for the same seed:
+    `random.randint(0, tokens - length - 1)` from one `random.Random(seed)`.
+
+    Raises:
+        InputError: the stream is shorter than one window, or a number is out of range.
+    """
+    if samples < 1:
+        raise InputError(f"samples must be at least 1, found {samples}")
+    _check_length(stream, sequence_length)
+    draw = random.Random(seed)
+    last = max(0, len(stream) - sequence_length - 1)  # a stream of exactly one window has one position
+    starts = [draw.randint(0, last) for _ in range(samples)]
+    return np.stack([stream[start : start + sequence_length] for start in starts]).astype(np.int32)
+
+
+def consecutive_windows(
+    stream: Int[np.ndarray, " tokens"], sequence_length: int, limit: int | None = None
+) -> Int[np.ndarray, "windows length"]:
+    """Evaluation windows: consecutive, not overlapping, the remainder left out; the first `limit` of them.
+
+    Raises:
+        InputError: the stream is shorter than one window, or a number is out of range.
+    """
+    if limit is not None and limit < 1:
+        raise InputError(f"windows must be at least 1, found {limit}; leave it out to take all")
+    _check_length(stream, sequence_length)
+    windows = len(stream) // sequence_length
+    windows = windows if limit is None else min(windows, limit)
+    return stream[: windows * sequence_length].reshape(windows, sequence_length).astype(np.int32)
+
+
+def _check_length(stream: np.ndarray, sequence_length: int) -> None:
+    if sequence_length < 2:
+        raise InputError(f"sequence_length must be at least 2, found {sequence_length}")
+    if len(stream) < sequence_length:
+        raise InputError(
+            f"the text has {len(stream)} tokens, shorter than one window of {sequence_length}; "
+            f"give more text or lower --sequence-length"
+        )
+
+
+def text_hash(text: str) -> str:
+    """SHA-256 of the text's UTF-8 bytes, in hexadecimal: what reports identify a text by."""
+    return hashlib.sha256(text.encode()).hexdigest()
