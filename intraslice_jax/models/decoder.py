@@ -55,7 +55,7 @@ class Decoder(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, dtype: Any = jnp.float32, rngs: nnx.Rngs | None = None):
-        rngs = rngs or nnx.Rngs(0)
+        rngs, dtype = rngs or nnx.Rngs(0), jnp.dtype(dtype)
         self.config = config
         self.embed_tokens = normal(rngs, (config.vocab_size, config.hidden_size), dtype)
         self.layers = nnx.List([Block(config, shape, dtype, rngs) for shape in config.layers])
@@ -125,7 +125,7 @@ def decoder_to_arrays(module: nnx.Module) -> dict[str, Array]:
 
 
 def _fill(make: Callable[[Any], Any], arrays: Mapping[str, Any], dtype_of: str) -> Any:
-    dtype = arrays[dtype_of].dtype if dtype_of in arrays else jnp.float32
+    dtype = jnp.dtype(arrays[dtype_of].dtype if dtype_of in arrays else jnp.float32)
     treedef, expected = _abstract(lambda: make(dtype))
     missing, leftover = expected.keys() - arrays.keys(), arrays.keys() - expected.keys()
     if missing or leftover:

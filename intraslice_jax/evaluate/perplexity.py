@@ -1,0 +1,135 @@
+"""Perplexity on windows of text."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from intraslice_jax.config import ModelConfig
+from intraslice_jax.errors import InputError, RunError
+from intraslice_jax.model import LanguageModel
+from intraslice_jax.models.decoder import Decoder, run_block
+from intraslice_jax.models.head import token_nll
+from intraslice_jax.models.precision import exact_float32
+
+_MEMORY_BUDGET = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """What was measured.
+
+    Attributes:
+        perplexity: exp(mean_nll).
+        evaluated_tokens: predicted tokens: all but the first of every window.
+        sequence_length: tokens per window; only perplexities of one length compare.
+        mean_nll: mean negative log-likelihood in nats over the predicted tokens.
+        seconds: wall time, compilation included.
+    """
+
+    perplexity: float
+    evaluated_tokens: int
+    sequence_length: int
+    mean_nll: float
+    seconds: float
+
+
+def perplexity(
+    model: LanguageModel,
+    windows: Int[np.ndarray, "windows seq"],
+    batch_size: int = 0,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> PerplexityResult:
+    """Perplexity over windows that do not see each other: exp of the mean loss of tokens 2 to T of each.
+
+    Args:
+        model: dense or pruned; float32 models are computed in full float32.
+        windows: int32 tokens.
+        batch_size: windows per step, 0 to choose it from a memory budget.
+        on_batch: called after each step with the windows done and their total.
+
+    Raises:
+        InputError: the windows are empty, shorter than two tokens or hold tokens outside the vocabulary.
+        RunError: an activation is not finite; the message names the first layer.
+    """
+    started = time.monotonic()
+    count, length = windows.shape
+    _check(model.config, windows, batch_size)
+    size = _even_batch(count, batch_size or automatic_batch(model.config, length))
+    total = 0.0
+    with exact_float32(model.decoder):
+        for start in range(0, count, size):
+            real = min(size, count - start)
+            # The last batch is filled up with copies of its first window, so that nothing recompiles.
+            rows = np.minimum(np.arange(start, start + size), count - 1)
+            tokens = jnp.asarray(windows[rows], jnp.int32)
+            nll = token_nll(model.decoder, model.decoder.hidden_states(tokens)[:, :-1], tokens[:, 1:])
+            batch = float(np.asarray(nll)[:real].sum(dtype=np.float64))
+            if not math.isfinite(batch):
+                raise RunError(f"the loss is not finite: {first_bad_layer(model.decoder, tokens)}")
+            total += batch
+            if on_batch is not None:
+                on_batch(start + real, count)
+    evaluated = count * (length - 1)
+    mean = total / evaluated
+    return PerplexityResult(
+        perplexity=math.exp(mean) if mean < 700 else math.inf,
+        evaluated_tokens=evaluated,
+        sequence_length=length,
+        mean_nll=mean,
+        seconds=time.monotonic() - started,
+    )
+
+
+def automatic_batch(config: ModelConfig, length: int, memory_budget: int = _MEMORY_BUDGET) -> int:
+    """How many windows one step takes for its activations to fit the budget in bytes, at least 1."""
+    widest = max(3 * layer.intermediate_size for layer in config.layers)
+    # Two copies of the scores of one query chunk, as `attend_causally` cuts them.
+    scores = max(2 * layer.num_attention_heads for layer in config.layers) * max(128, length // 8)
+    per_window = 4 * length * (6 * config.hidden_size + max(widest, scores))
+    return max(1, memory_budget // per_window)
+
+
+def _even_batch(count: int, most: int) -> int:
+    """The size that spreads `count` windows most evenly over as few steps as `most` allows."""
+    return math.ceil(count / math.ceil(count / most))
+
+
+def _check(config: ModelConfig, windows: np.ndarray, batch_size: int) -> None:
+    count, length = windows.shape
+    if count < 1 or length < 2:
+        raise InputError(f"perplexity needs at least one window of two tokens, found {count} windows of {length}")
+    if batch_size < 0:
+        raise InputError(f"batch_size must be 0 (automatic) or more, found {batch_size}")
+    if windows.min() < 0 or windows.max() >= config.vocab_size:
+        odd = int(windows.min() if windows.min() < 0 else windows.max())
+        raise InputError(
+            f"the text holds token {odd}, the model's vocabulary has {config.vocab_size}; "
+            "use the tokenizer that belongs to the model"
+        )
+
+
+def first_bad_layer(decoder: Decoder, tokens: Int[Array, "batch seq"]) -> str:
+    """Which part of the model first yields a NaN or an infinity for these tokens, in words."""
+    x, rope = decoder.embed(tokens), decoder.rope_for(tokens.shape[1])
+    if not _finite(x):
+        return "the embedding holds NaN or Inf"
+    for i, block in enumerate(decoder.layers):
+        attended = block.attention(block.input_norm(x), rope)
+        x = run_block(block, x, rope)
+        if not _finite(x):
+            module = "MLP" if _finite(attended) else "attention"
+            return f"layer {i}, {module}, is the first with NaN or Inf; its weights or activations overflow"
+    if not _finite(decoder.norm(x)):
+        return "the final norm yields NaN or Inf"
+    return "the head yields NaN or Inf"
+
+
+def _finite(x: Array) -> bool:
+    return bool(jnp.isfinite(x).all())
