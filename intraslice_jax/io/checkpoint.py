@@ -1,0 +1,124 @@
+"""Checkpoints: Orbax for the arrays, JSON for everything a person wants to read.
+
+A checkpoint is a folder:
+
+    config.json        format and version, the ModelConfig, the model's name and generation settings
+    report.json        what the pruning run recorded, {} for an unpruned model
+    state/             Orbax: a flat dictionary from dotted path to array
+    tokenizer*         as transformers saves them
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+from transformers import AutoTokenizer
+
+from intraslice_jax.config import ModelConfig
+from intraslice_jax.errors import InputError
+from intraslice_jax.io.atomic import atomic_folder
+from intraslice_jax.model import LanguageModel
+from intraslice_jax.models.decoder import abstract_arrays, decoder_from_arrays, decoder_to_arrays
+
+FORMAT = "intraslice-checkpoint"
+VERSION = 1
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether a folder was written by `save`."""
+    try:
+        return json.loads((Path(path) / "config.json").read_text())["format"] == FORMAT
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def save(model: LanguageModel, path: str | Path, overwrite: bool = False) -> Path:
+    """Writes a checkpoint; the folder appears under its name only when complete.
+
+    Raises:
+        InputError: `path` exists and `overwrite` is False.
+    """
+    arrays = decoder_to_arrays(model.decoder)
+    description = {
+        "format": FORMAT,
+        "format_version": VERSION,
+        "name": model.name,
+        "dtype": str(arrays["embed_tokens"].dtype),
+        "model": model.config.to_json(),
+        "generation_config": model.generation_config,
+        "versions": versions(),
+    }
+    with atomic_folder(path, overwrite) as folder:
+        write_json(folder / "config.json", description)
+        write_json(folder / "report.json", model.report)
+        metadata = {"description": description, "report": json.loads(json.dumps(model.report))}
+        ocp.save((folder / "state").absolute(), arrays, custom_metadata=metadata)
+        if model.tokenizer is not None:
+            model.tokenizer.save_pretrained(folder)
+    return Path(path)
+
+
+def restore(path: str | Path) -> LanguageModel:
+    """Reads what `save` wrote.
+
+    Raises:
+        InputError: the folder is no checkpoint of this program, or is damaged.
+    """
+    path = Path(path)
+    if not is_checkpoint(path):
+        raise InputError(f"{path} is not a checkpoint of this program (no config.json with format {FORMAT!r})")
+    description = json.loads((path / "config.json").read_text())
+    if description["format_version"] != VERSION:
+        raise InputError(
+            f"{path} has checkpoint version {description['format_version']}, this program reads {VERSION}; "
+            "use the version of the program that wrote it"
+        )
+    config = ModelConfig.from_json(description["model"])
+    abstract = abstract_arrays(config, description["dtype"])
+    try:
+        arrays = ocp.load((path / "state").absolute(), _on_default_device(abstract))
+        report = json.loads((path / "report.json").read_text())
+    except Exception as error:  # Orbax raises many kinds for a damaged file.
+        raise InputError(f"{path} is damaged: {_first_line(error)}; write the checkpoint again") from error
+    return LanguageModel(
+        config=config,
+        decoder=decoder_from_arrays(config, arrays),
+        tokenizer=_tokenizer(path),
+        name=description["name"],
+        generation_config=description["generation_config"],
+        report=report,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of this program and of the libraries that numbers depend on."""
+    names = ("intraslice-jax", "jax", "jaxlib", "flax", "orbax-checkpoint", "transformers", "numpy")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes indented JSON with a final newline."""
+    path.write_text(json.dumps(data, indent=2) + "\n")
+
+
+def _on_default_device(abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for name, a in abstract.items()}
+
+
+def _tokenizer(path: Path):
+    if not (path / "tokenizer_config.json").exists():
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exception for a damaged file
+        raise InputError(f"{path}: the tokenizer cannot be read: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
