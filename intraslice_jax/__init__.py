@@ -1,1 +1,30 @@
-"""Structured pruning of language models with IntraSlice, in JAX."""
+"""Structured pruning of language models with IntraSlice, in JAX.
+
+    import intraslice_jax as isl
+
+    model = isl.load("model.gguf")
+    pruned = isl.prune(model, text, sparsity=0.3)
+
+The functions are imported when first used, so that importing the package (and `intraslice --help`) is instant.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from intraslice_jax.api import export, generate, load, perplexity, prune, restore, save
+
+__all__ = ["export", "generate", "load", "perplexity", "prune", "restore", "save"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from intraslice_jax import api
+
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -206,7 +206,8 @@ class CalibrationConfig:
 
     Attributes:
         calibration: text files, or one `datasets` name (`NAME`, `NAME:CONFIG`), read as one stream.
-        split, column: where in the data set the text is.
+        split: which split of the data set.
+        column: which column of the data set holds the text.
         samples: number of windows.
         sequence_length: tokens per window.
         seed: seed of the windows' positions.

@@ -1,0 +1,200 @@
+"""The Python API: what the command line does, as functions on models in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from intraslice_jax.calibrate import data
+from intraslice_jax.config import CalibrationConfig, PruneConfig
+from intraslice_jax.errors import InputError
+from intraslice_jax.io.checkpoint import is_checkpoint, restore, save
+from intraslice_jax.model import LanguageModel
+from intraslice_jax.prune.pipeline import LayerRecord, prune_model
+from intraslice_jax.settings import closest
+
+__all__ = ["export", "generate", "load", "perplexity", "prune", "restore", "save"]
+
+
+def load(source: str | Path, dtype: str | None = None) -> LanguageModel:
+    """A model from a checkpoint of this program, a Hugging Face folder or hub id, or a .gguf file.
+
+    Args:
+        source: a path, or the id of a model on the hub.
+        dtype: what the weights become (`float32`, `bfloat16`, `float16`); None keeps what is stored.
+
+    Raises:
+        InputError: the source does not exist, is damaged, or is of an unsupported architecture.
+    """
+    if is_checkpoint(source):
+        return cast(restore(source), dtype)
+    from intraslice_jax import convert
+
+    return convert.load(source, dtype)
+
+
+def cast(model: LanguageModel, dtype: str | None) -> LanguageModel:
+    """The model with its floating-point weights in another dtype."""
+    import jax
+    import jax.numpy as jnp
+
+    if dtype is None:
+        return model
+
+    def convert(leaf: jax.Array) -> jax.Array:
+        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return dataclasses.replace(model, decoder=jax.tree.map(convert, model.decoder))
+
+
+def prune(
+    model: LanguageModel,
+    text: str,
+    sparsity: float = 0.3,
+    *,
+    samples: int = 128,
+    sequence_length: int = 2048,
+    seed: int = 0,
+    on_layer: Callable[[LayerRecord], None] | None = None,
+    **settings: Any,
+) -> LanguageModel:
+    """A smaller model, calibrated on a text.
+
+    Args:
+        model: what to prune; it stays as it is.
+        text: calibration text, of the kind that the model will see.
+        sparsity: fraction of the attention and MLP parameters of the decoder layers to remove, in [0, 1).
+        samples: number of calibration windows, drawn at random positions of the text.
+        sequence_length: tokens per window.
+        seed: seed of the windows' positions.
+        on_layer: called after each layer with its record.
+        **settings: further fields of `intraslice_jax.config.PruneConfig`.
+
+    Returns:
+        The pruned model. Its `report` says what was kept in each layer, with which error, and which fractions
+        of the parameters went.
+
+    Raises:
+        InputError: a setting is out of range, or the text has fewer tokens than one window.
+        RunError: an activation is not finite.
+    """
+    known = [field.name for field in dataclasses.fields(PruneConfig) if field.name != "sparsity"]
+    for name in settings:
+        if name not in known:
+            raise InputError(f"prune has no setting {name!r}; {closest(name, known)}")
+    config = PruneConfig(sparsity=sparsity, **settings)
+    calibrate = CalibrationConfig(samples=samples, sequence_length=sequence_length, seed=seed)
+    return prune_calibrated(model, text, config, calibrate, on_layer)
+
+
+def prune_calibrated(
+    model: LanguageModel,
+    text: str,
+    config: PruneConfig,
+    calibrate: CalibrationConfig,
+    on_layer: Callable[[LayerRecord], None] | None = None,
+) -> LanguageModel:
+    """`prune` with its settings as dataclasses, as the command line has them."""
+    check_length(model, calibrate.sequence_length)
+    stream = data.encode(model.require_tokenizer(), text)
+    windows = data.sample_windows(stream, calibrate.samples, calibrate.sequence_length, calibrate.seed)
+    pruned = prune_model(model, windows, config, on_layer)
+    calibration = {
+        "text_sha256": data.text_hash(text),
+        "text_tokens": len(stream),
+        "samples": calibrate.samples,
+        "sequence_length": calibrate.sequence_length,
+        "seed": calibrate.seed,
+    }
+    report = {"model": model.name, "calibration": calibration, **pruned.report}
+    return dataclasses.replace(pruned, report=report)
+
+
+def perplexity(
+    model: LanguageModel,
+    text: str,
+    sequence_length: int = 2048,
+    *,
+    windows: int | None = None,
+    batch_size: int = 0,
+) -> float:
+    """Perplexity on consecutive windows of a text: exp of the mean loss over all predicted tokens.
+
+    Args:
+        model: dense or pruned.
+        text: what to predict.
+        sequence_length: tokens per window; compare only perplexities of the same length.
+        windows: how many windows from the start of the text, None for all.
+        batch_size: windows per step, 0 to choose it.
+
+    Raises:
+        InputError: the text has fewer tokens than one window.
+    """
+    from intraslice_jax.evaluate.perplexity import perplexity as measure
+
+    return measure(model, text_windows(model, text, sequence_length, windows), batch_size).perplexity
+
+
+def text_windows(model: LanguageModel, text: str, sequence_length: int, limit: int | None = None) -> np.ndarray:
+    """Consecutive windows of a text, int32 [windows, sequence_length].
+
+    Raises:
+        InputError: the text has fewer tokens than one window, or the window exceeds the model's context.
+    """
+    check_length(model, sequence_length)
+    return data.consecutive_windows(data.encode(model.require_tokenizer(), text), sequence_length, limit)
+
+
+def check_length(model: LanguageModel, sequence_length: int) -> None:
+    """Raises InputError when a window is longer than the model's context."""
+    context = model.config.max_position_embeddings
+    if sequence_length > context:
+        raise InputError(
+            f"sequence_length {sequence_length} is longer than the context of {model.name}, {context} tokens; "
+            f"pass --sequence-length {context} or less"
+        )
+
+
+def export(
+    model: LanguageModel,
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+) -> Path:
+    """Writes a Hugging Face folder that PyTorch loads with `trust_remote_code=True`; torch is not needed here.
+
+    Args:
+        model: dense or pruned.
+        path: the folder to write; it appears under its name only when complete.
+        dtype: of the weights in the files, None for the model's own.
+        max_shard_size: above it the weights are split over several files (`500MB`, `5GB`).
+        overwrite: replace a folder that exists.
+
+    Raises:
+        InputError: `path` exists and `overwrite` is False.
+    """
+    from intraslice_jax import convert
+
+    return convert.export(model, path, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
+
+
+def generate(
+    model: LanguageModel,
+    prompt: str,
+    max_new_tokens: int = 64,
+    *,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> str:
+    """The continuation of a prompt; greedy at temperature 0."""
+    from intraslice_jax.models import generate as generation
+
+    return generation.generate(model, prompt, max_new_tokens, temperature, top_k, top_p, seed)

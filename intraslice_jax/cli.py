@@ -1,0 +1,109 @@
+"""The `intraslice` command: finds the commands, reads their options, turns failures into exit codes.
+
+0: the thing asked for was done; 1: a failure in the run, or an interruption; 2: a wrong input. Failures are one
+line on standard error; only an error that nobody foresaw shows its traceback.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from intraslice_jax import commands
+from intraslice_jax.commands import _arguments as arguments
+from intraslice_jax.errors import InputError, RunError
+from intraslice_jax.settings import load_settings, with_defaults
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit code.
+
+    Args:
+        args: the arguments behind the program's name; None takes those of the process.
+    """
+    given = list(sys.argv[1:] if args is None else args)
+    name = "intraslice"
+    output: Path | None = None
+    try:
+        with _terminable():
+            modules = find_commands()
+            command, options = _parse(given, modules)
+            name, output = f"intraslice {command}", getattr(options, "output", None)
+            _prepare_process()
+            modules[command].run(options)
+    except InputError as error:
+        return _fail(name, error, 2)
+    except KeyboardInterrupt:
+        kept = f"{output} is as it was before" if output else "nothing was written"
+        return _fail(name, f"interrupted; {kept}; the same command starts again", 1)
+    except BrokenPipeError:  # whoever reads our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (RunError, OSError) as error:
+        return _fail(name, error, 1)
+    except MemoryError as error:
+        return _fail(name, f"out of memory; try a smaller --batch-size ({error})", 1)
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _fail(name, f"out of device memory; try a smaller --batch-size ({error})", 1)
+    return 0
+
+
+def find_commands() -> dict[str, ModuleType]:
+    """The modules of `intraslice_jax.commands` by command name."""
+    names = [info.name for info in pkgutil.iter_modules(commands.__path__) if not info.name.startswith("_")]
+    return {name: importlib.import_module(f"{commands.__name__}.{name}") for name in names}
+
+
+def _parse(given: list[str], modules: dict[str, ModuleType]) -> tuple[str, Any]:
+    """The command's name and its options, where the command line is stronger than YAML than defaults."""
+    options: dict[str, type] = {name: module.Options for name, module in modules.items()}
+    command = given[0] if given else ""
+    if command in modules:
+        given = arguments.merge_repeated(given, options[command])
+        config = arguments.config_file(given) or getattr(modules[command], "DEFAULT_CONFIG", None)
+        if config is not None:
+            options[command] = with_defaults(options[command], load_settings(config, options[command]))
+    parsed = arguments.parse(given, options)
+    return next(name for name, kind in options.items() if type(parsed) is kind), parsed
+
+
+def _prepare_process() -> None:
+    """Settings that must precede the import of jax and transformers; the user's own are kept."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "intraslice" / "jax"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+def _fail(name: str, error: BaseException | str, code: int) -> int:
+    message = " ".join(str(error).split()) or type(error).__name__
+    print(f"{name}: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Takes SIGTERM like Ctrl-C, so that a stopped job leaves no half-written folder behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

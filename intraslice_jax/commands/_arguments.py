@@ -1,0 +1,112 @@
+"""Arguments to options with tyro, whose messages become one line."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.resources
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Union, get_origin, get_type_hints
+
+import tyro
+
+from intraslice_jax.errors import InputError
+
+DESCRIPTION = "IntraSlice: makes language models smaller by PCA inside each attention and MLP module."
+
+
+def parse(args: Sequence[str], options: Mapping[str, type]) -> Any:
+    """An instance of the options of the command that `args` names.
+
+    Args:
+        args: command name and its arguments.
+        options: dataclass of each command.
+
+    Raises:
+        InputError: the arguments are wrong.
+        SystemExit: help was asked for, and printed.
+    """
+    kinds = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in options.items())
+    union: Any = Union[kinds]  # noqa: UP007  (made at run time)
+    errors = io.StringIO()
+    markers = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(union, prog="intraslice", description=DESCRIPTION, args=args, config=markers)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise InputError(one_line(errors.getvalue())) from None
+
+
+def one_line(box: str) -> str:
+    """What tyro says in a box of several lines, without the help texts of options in it."""
+    parts = [""]
+    for line in (line[1:-1].rstrip() for line in box.splitlines() if line[:1] == "│"):
+        if line.strip().startswith(("For full helptext", "Argument helptext")):
+            break
+        if not line.strip("─ "):
+            parts.append("")
+        elif not line.startswith(" " * 8):  # help texts are indented by eight, names of options by four
+            parts[-1] += " " + line.strip()
+    text = "; ".join(part.strip() for part in parts if part) or box.strip()
+    return f"{re.sub('Error parsing __[^:]*: ', '', text)} (see --help)"
+
+
+def merge_repeated(args: Sequence[str], options: type) -> list[str]:
+    """Arguments in which an option of several values that is given several times is given once with all."""
+    flags = {f"--{name.replace('_', '-')}" for name in _several(options)}
+    merged: list[str] = []
+    collected: dict[str, list[str]] = {}
+    flag = ""
+    for argument in args:
+        head, _, value = argument.partition("=")
+        if argument.startswith("-"):
+            flag = head if head in flags else ""
+            argument = value if flag and value else argument
+        if flag and argument == flag:
+            collected.setdefault(flag, [])
+        elif flag:
+            collected.setdefault(flag, []).append(argument)
+        else:
+            merged.append(argument)
+    return merged + [part for flag, values in collected.items() for part in (flag, *values)]
+
+
+def _several(options: type) -> list[str]:
+    names = []
+    for name, hint in get_type_hints(options).items():
+        if dataclasses.is_dataclass(hint):
+            names += _several(hint)  # pyright: ignore[reportArgumentType]
+        elif get_origin(hint) is tuple:
+            names.append(name)
+    return names
+
+
+def config_file(args: Sequence[str]) -> Path | None:
+    """The file that `--config` names: a path, or one of the ready recipes by its name."""
+    for i, argument in enumerate(args):
+        flag, given, value = argument.partition("=")
+        if flag == "--config":
+            value = value if given else "".join(args[i + 1 : i + 2])
+            return recipe(value) if value else None
+    return None
+
+
+def recipe(name: str) -> Path:
+    """A path as it is, or, if there is no such file, the recipe of that name in the package's configs.
+
+    Raises:
+        InputError: there is neither.
+    """
+    folder = Path(str(importlib.resources.files("intraslice_jax") / "configs"))
+    ready = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    if not Path(name).exists() and Path(name).name == name:
+        stem = name.removesuffix(".yaml")
+        if stem not in ready:
+            raise InputError(f"--config: {name} does not exist; ready recipes are {', '.join(ready)}")
+        return ready[stem]
+    return Path(name)

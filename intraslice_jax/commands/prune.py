@@ -1,0 +1,81 @@
+"""`intraslice prune`: a smaller model, written as a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass, field
+
+from tyro.conf import OmitArgPrefixes
+
+from intraslice_jax.commands._types import Config, Dtype, Model, Output
+from intraslice_jax.config import CalibrationConfig, PruneConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Prune a model and write the result as a checkpoint.
+
+    Attributes:
+        model: a folder, a hub id, a .gguf file, or a checkpoint.
+        output: the checkpoint folder to write.
+        config: YAML file with any of these options; the command line is stronger.
+        overwrite: replace OUT if it exists.
+        dtype: dtype of the weights; as stored if not given.
+    """
+
+    model: Model
+    output: Output
+    config: Config = None
+    overwrite: bool = False
+    dtype: Dtype | None = None
+    prune: OmitArgPrefixes[PruneConfig] = field(default_factory=PruneConfig)
+    calibrate: OmitArgPrefixes[CalibrationConfig] = field(default_factory=CalibrationConfig)
+
+
+def run(options: Options) -> None:
+    """Loads, prunes, saves."""
+    from intraslice_jax.io.atomic import check_output
+
+    check_output(options.output, options.overwrite)  # before any heavy import
+
+    from intraslice_jax import api
+    from intraslice_jax.calibrate.sources import read_sources
+    from intraslice_jax.commands._output import gibibytes, number, percent, print_table
+    from intraslice_jax.environment import peak_rss_bytes
+    from intraslice_jax.progress import duration, layer_progress
+    from intraslice_jax.settings import as_settings
+
+    started = time.monotonic()
+    calibrate = options.calibrate
+    text = read_sources(calibrate.calibration, calibrate.split, calibrate.column, "--calibration")
+    model = api.load(options.model, options.dtype)
+    with layer_progress(model.config.num_layers) as on_layer:
+        pruned = api.prune_calibrated(model, text, options.prune, calibrate, on_layer)
+    report = {
+        **pruned.report,
+        "settings": as_settings(options),
+        "seconds": time.monotonic() - started,
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+    api.save(dataclasses.replace(pruned, report=report), options.output, options.overwrite)
+    dense, small = model.config, pruned.config
+    print_table(
+        [
+            ["", "before", "after", "removed"],
+            [
+                "block parameters",
+                number(dense.block_parameters()),
+                number(small.block_parameters()),
+                percent(report["removed_block_fraction"]),
+            ],
+            [
+                "all parameters",
+                number(dense.total_parameters()),
+                number(small.total_parameters()),
+                percent(report["removed_model_fraction"]),
+            ],
+        ]
+    )
+    spent = f"{duration(report['seconds'])}, peak memory {gibibytes(report['peak_rss_bytes'])}"
+    print(f"{options.output}: written in {spent}; details in {options.output / 'report.json'}")

@@ -1,0 +1,71 @@
+"""How far a pruning run is: a bar on a terminal, one line per layer elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from intraslice_jax.prune.pipeline import LayerRecord
+
+
+@contextmanager
+def layer_progress(layers: int, console: Console | None = None) -> Iterator[Callable[[LayerRecord], None]]:
+    """Yields the function to call after each of `layers` layers; output goes to standard error."""
+    console = console or Console(stderr=True)
+    clock = _Clock(layers)
+    if not console.is_terminal:
+        yield lambda record: print(clock.line(record), file=sys.stderr, flush=True)
+        return
+    columns = (
+        TextColumn("pruning"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[remaining]}"),
+        TextColumn("{task.fields[shape]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=layers, remaining="", shape="")
+
+        def show(record: LayerRecord) -> None:
+            left = clock.remaining(record.layer + 1)
+            progress.update(task, advance=1, remaining=f"{duration(left)} left", shape=describe(record))
+
+        yield show
+
+
+def describe(record: LayerRecord) -> str:
+    """What a layer kept, and the relative errors of its modules' outputs."""
+    return (
+        f"layer {record.layer}: {record.query_heads} heads ({record.kv_heads} KV), widths "
+        f"{record.qk_head_dim}/{record.v_head_dim}, MLP {record.intermediate_size}; "
+        f"errors {record.attention_error:.3f}, {record.mlp_error:.3f}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """`7 s` or `3 min 07 s`."""
+    whole = round(seconds)
+    return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60:02d} s"
+
+
+class _Clock:
+    def __init__(self, layers: int) -> None:
+        self._layers = layers
+        self._started = time.monotonic()
+
+    def elapsed(self) -> float:
+        return time.monotonic() - self._started
+
+    def remaining(self, done: int) -> float:
+        return self.elapsed() / done * (self._layers - done)
+
+    def line(self, record: LayerRecord) -> str:
+        done = record.layer + 1
+        times = f"{duration(self.elapsed())} elapsed, {duration(self.remaining(done))} left"
+        return f"[{done}/{self._layers}] {describe(record)}; {times}"

@@ -1,0 +1,115 @@
+"""YAML options: strict, and weaker than the command line."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import yaml
+
+from intraslice_jax.config import CalibrationConfig, PruneConfig
+from intraslice_jax.errors import InputError
+from intraslice_jax.settings import as_settings, load_settings, with_defaults
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """As a command has them."""
+
+    model: str
+    output: Path
+    config: Path | None = None
+    overwrite: bool = False
+    dtype: Literal["float32", "bfloat16"] | None = None
+    windows: int | None = None
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    calibrate: CalibrationConfig = field(default_factory=CalibrationConfig)
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(text):
+        path = tmp_path / "settings.yaml"
+        path.write_text(text)
+        return load_settings(path, Options)
+
+    return load
+
+
+def test_flat_and_nested_keys_are_the_same(load):
+    flat = load("sparsity: 0.2\nsamples: 4\nbatch-size: 2\ncalibration: a.txt\n")
+    nested = load("prune:\n  sparsity: 0.2\n  batch_size: 2\ncalibrate: {samples: 4, calibration: [a.txt]}\n")
+    assert flat == nested
+    assert flat["prune"] == PruneConfig(sparsity=0.2, batch_size=2)
+    assert flat["calibrate"] == CalibrationConfig(samples=4, calibration=("a.txt",))
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("overwrite: true", "overwrite", True),
+        ("dtype: bfloat16", "dtype", "bfloat16"),
+        ("dtype: null", "dtype", None),
+        ("windows: 8", "windows", 8),
+        ("output: runs/x", "output", Path("runs/x")),
+    ],
+)
+def test_values_become_the_annotated_type(load, text, name, value):
+    assert load(text) == {name: value}
+
+
+def test_numbers_are_read_as_people_write_them(load):
+    assert load("damping: 1e-3")["prune"].damping == 0.001
+    assert load("sparsity: 0")["prune"].sparsity == 0.0
+    assert load("") == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("sparsty: 0.2", "unknown key 'sparsty'; did you mean 'sparsity'?"),
+        ("prune: {sparsty: 0.2}", "unknown key 'sparsty' under prune; did you mean 'sparsity'?"),
+        ("config: other.yaml", "unknown key 'config'"),
+        ("zzz: 1", "unknown key 'zzz'; known are"),
+        ("sparsity: much", "sparsity must be a number, found 'much' (text)"),
+        ("sparsity: true", "sparsity must be a number, found True (true/false)"),
+        ("sparsity:", "sparsity must be a number, found nothing"),
+        ("samples: 1.5", "samples must be a whole number, found 1.5 (a number)"),
+        ("overwrite: 1", "overwrite must be true or false, found 1 (a number)"),
+        ("dtype: float8", "dtype must be one of float32, bfloat16; found 'float8' (text)"),
+        ("calibration: [1]", "calibration must be text, found 1 (a number)"),
+        ("sparsity: 1.0", "sparsity must be in [0, 1), found 1.0"),
+        ("prune: 0.3", "prune must hold `key: value` lines, found 0.3"),
+        ("- sparsity", "must hold `key: value` lines"),
+        ("sparsity: 0.1\nsparsity: 0.2", "'sparsity' is given twice (line 2)"),
+        ("sparsity: 0.1\nprune: {sparsity: 0.2}", "sparsity is given twice"),
+        ("sparsity: [0.1", "is not readable as YAML"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(load, tmp_path, text, said):
+    with pytest.raises(InputError) as raised:
+        load(text)
+    message = str(raised.value)
+    assert said in message
+    assert str(tmp_path / "settings.yaml") in message
+    assert "\n" not in message
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        load_settings(tmp_path / "none.yaml", Options)
+
+
+def test_defaults_are_replaced_and_nothing_else():
+    kind = with_defaults(Options, {"prune": PruneConfig(sparsity=0.1), "overwrite": True, "output": Path("o")})
+    options = kind(model="m")
+    assert isinstance(options, Options)
+    assert (options.prune.sparsity, options.overwrite, options.output) == (0.1, True, Path("o"))
+    assert options.calibrate == CalibrationConfig()
+
+
+def test_the_settings_of_a_run_read_back_as_the_same_options(load):
+    options = Options(model="m", output=Path("o"), prune=PruneConfig(sparsity=0.15), dtype="bfloat16")
+    again = with_defaults(Options, load(yaml.safe_dump(as_settings(options))))()
+    assert as_settings(again) == as_settings(options)
+    assert again.prune == options.prune
