@@ -35,7 +35,11 @@ class Block(nnx.Module):
         self, x: Float[Array, "batch seq hidden"] | None, after_attention: Float[Array, "batch seq hidden"]
     ) -> Float[Array, "batch seq hidden"]:
         """What the MLP reads, given the block's input (parallel blocks) and the stream behind its attention."""
-        return self.post_norm(after_attention) if self.post_norm is not None else self.input_norm(x)
+        if self.post_norm is not None:
+            return self.post_norm(after_attention)
+        if x is None:
+            raise TypeError("a parallel block's MLP reads the block's input")
+        return self.input_norm(x)
 
     def __call__(self, x: Float[Array, "batch seq hidden"], rope: RopeTable) -> Float[Array, "batch seq hidden"]:
         after_attention = x + self.attention(self.input_norm(x), rope)
