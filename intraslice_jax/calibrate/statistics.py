@@ -20,7 +20,7 @@ from intraslice_jax.models.rope import RopeTable
 
 
 class AttentionMoments(NamedTuple):
-    """What says which heads and RoPE pairs matter (ALGORITHM 2.1, 2.2)."""
+    """What says which heads and RoPE pairs matter (docs/method.md 2.1, 2.2)."""
 
     head_gram: Float[Array, "heads v v"]
     """Sum of y_h^T y_h for the o-projection's input y."""
@@ -74,6 +74,14 @@ def add_attention(
     )
 
 
+@jax.jit
+def mlp_input(
+    block: Block, after_attention: Float[Array, "batch seq hidden"], source: Float[Array, "batch seq hidden"] | None
+) -> Float[Array, "batch seq hidden"]:
+    """What a layer's MLP reads, after its norm."""
+    return block.mlp_input(source, after_attention)
+
+
 @functools.partial(jax.jit, donate_argnums=1)
 def finish_layer(
     block: Block,
@@ -93,7 +101,7 @@ def add_kept_attention(
     heads: Int[Array, " kept"],
     channels: Int[Array, "kept width"],
 ) -> MapMoments:
-    """Adds a batch to the moments of the attention re-run with what is kept (ALGORITHM 2.3).
+    """Adds a batch to the moments of the attention re-run with what is kept (docs/method.md 2.3).
 
     Inputs are y' of the kept heads with the kept query/key channels (`channels` of each kept head), targets are
     the full attention's y on the same x.

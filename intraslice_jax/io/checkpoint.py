@@ -57,7 +57,7 @@ def save(model: LanguageModel, path: str | Path, overwrite: bool = False) -> Pat
         write_json(folder / "config.json", description)
         write_json(folder / "report.json", model.report)
         metadata = {"description": description, "report": json.loads(json.dumps(model.report))}
-        ocp.save((folder / "state").absolute(), arrays, custom_metadata=metadata)
+        ocp.save(str((folder / "state").absolute()), arrays, custom_metadata=metadata)
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(folder)
     return Path(path)
@@ -81,7 +81,7 @@ def restore(path: str | Path) -> LanguageModel:
     config = ModelConfig.from_json(description["model"])
     abstract = abstract_arrays(config, description["dtype"])
     try:
-        arrays = ocp.load((path / "state").absolute(), _on_default_device(abstract))
+        arrays = ocp.load(str((path / "state").absolute()), _on_default_device(abstract))
         report = json.loads((path / "report.json").read_text())
     except Exception as error:  # Orbax raises many kinds for a damaged file.
         raise InputError(f"{path} is damaged: {_first_line(error)}; write the checkpoint again") from error

@@ -56,7 +56,7 @@ class Attention(nnx.Module):
         return out if self.o_bias is None else out + self.o_bias[...][None, None]
 
     def mix(self, x: Float[Array, "batch seq hidden"], rope: RopeTable) -> Float[Array, "batch seq heads v"]:
-        """The input of the o-projection: y in ALGORITHM terms (paper section 3.2)."""
+        """The input of the o-projection: y in docs/method.md (paper section 3.2)."""
         return self.mix_projected(*self.project(x, rope))
 
     def mix_projected(

@@ -46,7 +46,7 @@ class MLP(nnx.Module):
         self.down_bias = optional_zeros(config.mlp_bias, (hidden,), dtype)
 
     def inner(self, x: Float[Array, "batch seq hidden"]) -> Float[Array, "batch seq inner"]:
-        """The input of the down-projection: z in ALGORITHM terms (paper section 3.3)."""
+        """The input of the down-projection: z in docs/method.md (paper section 3.3)."""
         act = ACTIVATIONS[self.hidden_act]
         up = _linear(x, self.up_proj, self.up_bias)
         if self.gate_proj is None:

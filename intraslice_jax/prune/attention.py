@@ -1,4 +1,4 @@
-"""Attention: which heads stay, how wide, on which RoPE pairs and in which value basis (ALGORITHM section 2)."""
+"""Attention: which heads stay, how wide, on which RoPE pairs and in which value basis (docs/method.md section 2)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from intraslice_jax.calibrate.statistics import MapMoments
 from intraslice_jax.config import LayerShape
 from intraslice_jax.prune.compensation import Compensation, Sums, relative_error, ridge
 from intraslice_jax.prune.linalg import eigh_descending, to_solver
+from intraslice_jax.prune.method import PrunedAttention
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class AttentionPlan:
 
 
 class HeadEnergies:
-    """How much of the output each head carries in its k strongest components (ALGORITHM 2.1).
+    """How much of the output each head carries in its k strongest components (docs/method.md 2.1).
 
     Attributes:
         channel_scores: ||W_o[c]||^2 H_cc, [heads, v].
@@ -92,7 +93,7 @@ def plan_heads(energies: HeadEnergies, kept_channels: int) -> tuple[np.ndarray, 
 def select_pairs(
     pair_scores: Float[Array, "heads qk"] | np.ndarray, plan: AttentionPlan, rotary_dim: int
 ) -> Int[np.ndarray, "kv width"]:
-    """Query/key channels to keep for each kept KV head: the best RoPE pairs of its group (ALGORITHM 2.2).
+    """Query/key channels to keep for each kept KV head: the best RoPE pairs of its group (docs/method.md 2.2).
 
     Returns:
         Channel indices [kept KV heads, qk_width]; the first half are the pairs' first members, ascending, the
@@ -110,7 +111,7 @@ def select_pairs(
 
 
 def value_bases(kept_gram: Float[Array, "inputs inputs"], plan: AttentionPlan) -> Float[Array, "kv v width"]:
-    """Principal directions of each group's y' (ALGORITHM 2.3).
+    """Principal directions of each group's y' (docs/method.md 2.3).
 
     Args:
         kept_gram: second moment of the kept heads' y', [kept heads * v, kept heads * v].
@@ -123,17 +124,7 @@ def value_bases(kept_gram: Float[Array, "inputs inputs"], plan: AttentionPlan) -
     return eigh_descending(groups)[1][:, :, : plan.v_width]
 
 
-@dataclass(frozen=True)
-class PrunedAttention:
-    """New arrays of one attention module, its shape, and how well it imitates the dense one."""
-
-    arrays: dict[str, Array]
-    shape: LayerShape
-    relative_error: float
-    method: str
-
-
-def prune_attention(
+def fuse_attention(
     arrays: Mapping[str, Array],
     shape: LayerShape,
     plan: AttentionPlan,
@@ -142,7 +133,7 @@ def prune_attention(
     tokens: int,
     damping: float,
 ) -> PrunedAttention:
-    """Small attention weights: channels selected, value basis and ridge map fused (ALGORITHM 2.2, 2.3).
+    """Small attention weights: channels selected, value basis and ridge map fused (docs/method.md 2.2, 2.3).
 
     Args:
         arrays: the module's weights by name (`q_proj` [hidden, heads, qk], ...).
@@ -189,7 +180,7 @@ def prune_attention(
         shape.intermediate_size,
         shape.sliding_window,
     )
-    return PrunedAttention(new, new_shape, error, fit.method)
+    return PrunedAttention(new, new_shape, plan.heads, error, {"solver": fit.method})
 
 
 def _select(kernel: Array, heads: list[int], channels: np.ndarray) -> Array:

@@ -32,7 +32,7 @@ def ridge(
     damping: float,
     sums: Sums | None = None,
 ) -> Compensation:
-    """Argmin ||inputs A - targets||^2 + damping mean(diag gram) ||A||^2 (ALGORITHM 2.3 and 3.2).
+    """Argmin ||inputs A - targets||^2 + damping mean(diag gram) ||A||^2 (docs/method.md 2.3 and 3.2).
 
     Args:
         gram: sum of inputs^T inputs over tokens.

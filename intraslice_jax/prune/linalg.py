@@ -36,7 +36,7 @@ def to_solver(array: Array | np.ndarray) -> Float[Array, "..."]:
 
 
 def damped(gram: Float[Array, "n n"], damping: float) -> Float[Array, "n n"]:
-    """Symmetrised, with `damping` times the mean diagonal added to the diagonal (ALGORITHM section 1)."""
+    """Symmetrised, with `damping` times the mean diagonal added to the diagonal (docs/method.md section 1)."""
     return 0.5 * (gram + gram.T) + damping * jnp.mean(jnp.diagonal(gram)) * jnp.eye(len(gram), dtype=gram.dtype)
 
 

@@ -1,9 +1,8 @@
-"""MLP: which channels stay and what makes up for the others (ALGORITHM 3.1, 3.2)."""
+"""MLP: which channels stay and what makes up for the others (docs/method.md 3.1, 3.2)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,26 +11,18 @@ from jaxtyping import Array, Float, Int
 from intraslice_jax.calibrate.statistics import GramMoments
 from intraslice_jax.prune.compensation import Sums, relative_error, ridge
 from intraslice_jax.prune.linalg import to_solver
-
-
-@dataclass(frozen=True)
-class PrunedMLP:
-    """New arrays of one MLP and how well it imitates the dense one."""
-
-    arrays: dict[str, Array]
-    relative_error: float
-    method: str
+from intraslice_jax.prune.method import PrunedMLP
 
 
 def select_channels(
     gram: Float[Array, "inner inner"], down_proj: Float[Array, "inner hidden"], keep: int
 ) -> Int[np.ndarray, " keep"]:
-    """The channels with the largest ||W_d[j]||^2 H_jj, ascending (ALGORITHM 3.1)."""
+    """The channels with the largest ||W_d[j]||^2 H_jj, ascending (docs/method.md 3.1)."""
     scores = np.asarray(jnp.diagonal(gram) * jnp.square(down_proj).sum(-1))
     return np.sort(np.argsort(-scores, kind="stable")[:keep])
 
 
-def prune_mlp(arrays: Mapping[str, Array], moments: GramMoments, tokens: int, keep: int, damping: float) -> PrunedMLP:
+def fuse_mlp(arrays: Mapping[str, Array], moments: GramMoments, tokens: int, keep: int, damping: float) -> PrunedMLP:
     """Keeps the best channels and folds the rest, regressed on them, into the down-projection.
 
     Args:
@@ -55,4 +46,4 @@ def prune_mlp(arrays: Mapping[str, Array], moments: GramMoments, tokens: int, ke
     if offset is not None:
         new["down_bias"] = to_solver(arrays["down_bias"]) + offset @ down
     error = relative_error(fit, inputs, cross, gram, down, sums)
-    return PrunedMLP(new, error, fit.method)
+    return PrunedMLP(new, error, {"solver": fit.method})

@@ -1,0 +1,181 @@
+"""What a pruning method may ask about the layer at hand: its weights, and moments streamed over the calibration set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from intraslice_jax.calibrate import statistics
+from intraslice_jax.calibrate.statistics import AttentionMoments, GramMoments, MapMoments, zeros_like_moments
+from intraslice_jax.config import LayerShape, ModelConfig, PruneConfig
+from intraslice_jax.errors import RunError
+from intraslice_jax.model import LanguageModel
+from intraslice_jax.models.decoder import Block, block_from_arrays, decoder_to_arrays
+from intraslice_jax.models.rope import RopeTable
+
+
+@dataclass
+class ResidualStream:
+    """The calibration set at one layer boundary: the only activations that are kept.
+
+    Attributes:
+        batches: inputs of the layer at hand, [batch, seq, hidden] each.
+        rope: position tables, the same for all batches.
+        tokens: how many tokens there are.
+    """
+
+    batches: list[Array]
+    rope: RopeTable
+    tokens: int
+
+    @classmethod
+    def start(cls, model: LanguageModel, windows: np.ndarray, batch_size: int) -> ResidualStream:
+        """Embeds the windows."""
+        parts = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
+        embedded = [model.decoder.embed(jnp.asarray(part)) for part in parts]
+        return cls(embedded, model.decoder.rope_for(windows.shape[1]), windows.size)
+
+
+@dataclass(frozen=True)
+class AttentionCalibration:
+    """A layer before its attention is pruned.
+
+    Attributes:
+        index: the layer's number.
+        block: the layer as it is.
+        shape: its widths.
+        stream: its inputs, coming from the already pruned layers below.
+        config: the run's settings.
+    """
+
+    index: int
+    block: Block
+    shape: LayerShape
+    stream: ResidualStream
+    config: PruneConfig
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens every moment sums over."""
+        return self.stream.tokens
+
+    @property
+    def arrays(self) -> dict[str, Array]:
+        """The attention's weights by name (`q_proj` [hidden, heads, qk], ...)."""
+        return part(decoder_to_arrays(self.block), "attention")
+
+    def head_moments(self) -> AttentionMoments:
+        """Per-head second moments of the o-projection's input, and query-key scores."""
+        heads, v, qk = self.shape.num_attention_heads, self.shape.v_head_dim, self.shape.qk_head_dim
+        moments = zeros_like_moments(AttentionMoments, head_gram=(heads, v, v), pair_scores=(heads, qk))
+        for x in self.stream.batches:
+            moments = statistics.add_attention(moments, self.block, x, self.stream.rope)
+        return check_finite(self.index, "attention", moments)
+
+    def kept_moments(self, heads: tuple[int, ...], channels: Int[np.ndarray, "kept width"]) -> MapMoments:
+        """Moments of the attention re-run with some query heads and query/key channels, against the full one.
+
+        Args:
+            heads: kept query heads.
+            channels: kept query/key channels of each of them.
+        """
+        v = self.shape.v_head_dim
+        inputs, targets = len(heads) * v, self.shape.num_attention_heads * v
+        moments = zeros_like_moments(
+            MapMoments,
+            gram=(inputs, inputs),
+            cross=(inputs, targets),
+            target_gram=(targets, targets),
+            input_sum=(inputs,),
+            target_sum=(targets,),
+        )
+        index, per_head = jnp.asarray(heads), jnp.asarray(channels)
+        for x in self.stream.batches:
+            moments = statistics.add_kept_attention(moments, self.block, x, self.stream.rope, index, per_head)
+        return check_finite(self.index, "attention", moments)
+
+
+@dataclass(frozen=True)
+class MLPCalibration:
+    """A layer whose attention is pruned and whose MLP is not yet.
+
+    Attributes:
+        index: the layer's number.
+        block: the layer with its new attention.
+        moments: of the down-projection's input.
+        after_attention: the residual stream behind the new attention, batch by batch.
+        sources: the layer's inputs where its MLP reads them (parallel blocks), else None.
+        tokens: how many tokens the moments sum over.
+        config: the run's settings.
+    """
+
+    index: int
+    block: Block
+    moments: GramMoments
+    after_attention: list[Array]
+    sources: list[Array | None]
+    tokens: int
+    config: PruneConfig
+    num_layers: int
+
+    @classmethod
+    def run(
+        cls,
+        index: int,
+        model: ModelConfig,
+        shape: LayerShape,
+        arrays: Mapping[str, Array],
+        stream: ResidualStream,
+        config: PruneConfig,
+    ) -> MLPCalibration:
+        """Runs the new attention over the calibration set and takes the MLP's moments on the way."""
+        block = block_from_arrays(model, shape, arrays)
+        inner = shape.intermediate_size
+        moments = zeros_like_moments(GramMoments, gram=(inner, inner), total=(inner,))
+        after_attention = []
+        for x in stream.batches:
+            moments, after = statistics.attend_and_add_mlp(moments, block, x, stream.rope)
+            after_attention.append(after)
+        sources = stream.batches if model.parallel_block else [None] * len(after_attention)
+        moments = check_finite(index, "MLP", moments)
+        return cls(index, block, moments, after_attention, list(sources), stream.tokens, config, model.num_layers)
+
+    @property
+    def arrays(self) -> dict[str, Array]:
+        """The MLP's weights by name (`up_proj` [hidden, inner], ...)."""
+        return part(decoder_to_arrays(self.block), "mlp")
+
+    def inputs(self) -> Iterator[Float[Array, "batch seq hidden"]]:
+        """What the MLP reads, batch by batch."""
+        for after, source in zip(self.after_attention, self.sources, strict=True):
+            yield statistics.mlp_input(self.block, after, source)
+
+    def outputs(self, block: Block) -> list[Array]:
+        """The residual stream behind the layer once its MLP is `block`'s. Uses up `after_attention`."""
+        return [
+            statistics.finish_layer(block, after, source)
+            for after, source in zip(self.after_attention, self.sources, strict=True)
+        ]
+
+
+def part(arrays: Mapping[str, Array], module: str) -> dict[str, Array]:
+    """The arrays of one module of a block, by their names within it."""
+    prefix = f"{module}."
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+
+
+def check_finite(layer: int, module: str, moments: Any) -> Any:
+    """The moments, or a RunError that names the first entry that is not finite."""
+    for name, array in moments._asdict().items():
+        if not bool(jnp.isfinite(array).all()):
+            first = tuple(int(i) for i in np.argwhere(~np.isfinite(np.asarray(array)))[0])
+            raise RunError(
+                f"layer {layer}, {module}: {name} is not finite at {first}; the weights or activations overflow "
+                "(try --dtype float32)"
+            )
+    return moments

@@ -1,0 +1,41 @@
+"""IntraSlice itself (arXiv 2602.01975) as a pruning method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from intraslice_jax.prune.attention import AttentionPlan, HeadEnergies, fuse_attention, plan_heads, select_pairs
+from intraslice_jax.prune.calibration import AttentionCalibration, MLPCalibration
+from intraslice_jax.prune.linalg import solver_precision
+from intraslice_jax.prune.method import PrunedAttention, PrunedMLP
+from intraslice_jax.prune.mlp import fuse_mlp
+
+
+@dataclass(frozen=True)
+class IntraSlice:
+    """PCA inside each module: docs/method.md sections 2 and 3."""
+
+    def prune_attention(self, layer: AttentionCalibration, ratio: float) -> PrunedAttention:
+        """Heads and widths, RoPE pairs, value basis, ridge compensation, in two passes over the text."""
+        shape, arrays, moments = layer.shape, layer.arrays, layer.head_moments()
+        channels_in = shape.num_attention_heads * shape.v_head_dim
+        with solver_precision():
+            energies = HeadEnergies(arrays["o_proj"], moments.head_gram)
+        heads, width = plan_heads(energies, channels_in - round(channels_in * ratio))
+        plan = AttentionPlan(
+            tuple(int(h) for h in heads),
+            tuple(shape.query_to_kv[h] for h in heads),
+            min(width, shape.qk_head_dim),
+            width,
+        )
+        channels = select_pairs(np.asarray(moments.pair_scores), plan, shape.rotary_dim)
+        kept = layer.kept_moments(plan.heads, channels[list(plan.local_query_to_kv)])
+        with solver_precision():
+            return fuse_attention(arrays, shape, plan, channels, kept, layer.tokens, layer.config.damping)
+
+    def prune_mlp(self, layer: MLPCalibration, keep: int) -> PrunedMLP:
+        """Channel selection and compensation."""
+        with solver_precision():
+            return fuse_mlp(layer.arrays, layer.moments, layer.tokens, keep, layer.config.damping)
