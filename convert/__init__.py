@@ -1,1 +1,5 @@
 """Checkpoint formats: reading and writing other frameworks' model files."""
+
+from intraslice_jax.convert.load import load
+
+__all__ = ["load"]

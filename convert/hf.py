@@ -1,0 +1,86 @@
+"""Hugging Face checkpoints: a folder, or a model of the hub brought to one."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from intraslice_jax.config import ModelConfig
+from intraslice_jax.convert.assemble import read_decoder
+from intraslice_jax.convert.families import Family, find_family
+from intraslice_jax.convert.sources import open_folder, read_json
+from intraslice_jax.convert.tokenizer import tokenizer_from_folder
+from intraslice_jax.errors import InputError
+from intraslice_jax.model import LanguageModel
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a text can be the id of a model on the hub: NAME or OWNER/NAME."""
+    return bool(_HUB_ID.fullmatch(text)) and ".." not in text and not text.endswith((".gguf", ".json"))
+
+
+def read_config(folder: Path) -> tuple[Family, ModelConfig]:
+    """Family and description of the model in a folder; nothing else of it is read.
+
+    Raises:
+        InputError: there is no `config.json`, it contradicts itself, or the family is not supported.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        others = sorted(folder.glob("*.gguf"))
+        hint = f"; to load the GGUF file in it, name {others[0]}" if others else "; is it a model's folder?"
+        raise InputError(f"{folder} holds no config.json{hint}")
+    raw = read_json(path)
+    try:
+        family = find_family(raw)
+        return family, family.read_config(raw, json.dumps(raw, indent=2, ensure_ascii=False))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def load_folder(folder: Path, name: str, dtype: str | None) -> LanguageModel:
+    """A model from a folder with `config.json`.
+
+    Raises:
+        InputError: something in the folder is missing, damaged or not supported; the message names it.
+    """
+    family, config = read_config(folder)
+    source = open_folder(folder)
+    tokenizer = tokenizer_from_folder(folder)
+    generation = folder / "generation_config.json"
+    settings: dict[str, Any] = read_json(generation) if generation.is_file() else {}
+    decoder = read_decoder(family, config, source, dtype)
+    return LanguageModel(config, decoder, tokenizer, name, settings)
+
+
+def fetch(hub_id: str) -> Path:
+    """The folder of a hub model in the local cache, downloaded where needed; its configuration is checked first.
+
+    Raises:
+        InputError: no such model, no access, or no connection and not in the cache; or not supported.
+    """
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        read_config(Path(hf_hub_download(hub_id, "config.json")).parent)
+        folder = Path(snapshot_download(hub_id, allow_patterns=[*_SMALL_FILES, "model*.safetensors"]))
+        if not any(folder.glob("model*.safetensors")):
+            folder = Path(snapshot_download(hub_id, allow_patterns=[*_SMALL_FILES, "pytorch_model*.bin"]))
+    except LocalEntryNotFoundError as error:
+        raise InputError(
+            f"{hub_id} is neither a file or folder nor in the Hugging Face cache, and the hub cannot be reached; "
+            "check the name and the connection, or download the model and name its folder"
+        ) from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{hub_id} cannot be downloaded ({reason}); check the name, and log in (hf auth login) "
+            "where the model asks for it"
+        ) from error
+    return folder

@@ -1,0 +1,35 @@
+"""The way in: whatever the user names becomes a LanguageModel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from intraslice_jax.convert.assemble import DTYPES
+from intraslice_jax.convert.gguf import load_gguf
+from intraslice_jax.convert.hf import fetch, is_hub_id, load_folder
+from intraslice_jax.errors import InputError
+from intraslice_jax.model import LanguageModel
+
+
+def load(source: str | Path, dtype: str | None = None) -> LanguageModel:
+    """Loads a Llama- or Phi-family model.
+
+    Args:
+        source: a Hugging Face folder (an export of this program included), a `.gguf` file, or a hub id.
+        dtype: `float32`, `bfloat16` or `float16`; None keeps the checkpoint's (float32 for quantised GGUF).
+
+    Raises:
+        InputError: the source is missing, damaged, contradictory or not supported; the message names what.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is not supported; expected {', '.join(DTYPES)}")
+    path, name = Path(source), str(source)
+    if path.is_dir():
+        return load_folder(path, name, dtype)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InputError(f"{path} is not a model; expected a folder with config.json, a .gguf file or a hub id")
+        return load_gguf(path, name, dtype)
+    if not is_hub_id(name):
+        raise InputError(f"{path} does not exist; expected a folder with config.json, a .gguf file or a hub id")
+    return load_folder(fetch(name), name, dtype)

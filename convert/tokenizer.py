@@ -1,0 +1,235 @@
+"""Tokenizers: as a folder has them, or rebuilt from a GGUF file's vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from intraslice_jax.errors import InputError
+
+_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt")
+_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # tokenizer.ggml.token_type; 1 is a usual piece
+
+# How the pre-tokenizers cut text before byte-pair merging; each is the one that the model was trained with.
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_GPT4O = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_TEKKEN = _GPT4O.replace(_CONTRACTION, "").replace(r"\p{N}{1,3}", r"\p{N}")
+
+
+class _Pre(NamedTuple):
+    """A pre-tokenizer of byte-level BPE.
+
+    Attributes:
+        pattern: regular expression of the pieces; None for GPT-2's own.
+        digits: whether every digit stands alone first.
+        whole_words: whether a piece that is a token is taken without merging.
+        add_bos: whether llama.cpp puts the BOS token in front where the file does not say.
+    """
+
+    pattern: str | None = None
+    digits: bool = False
+    whole_words: bool = False
+    add_bos: bool = False
+
+
+_PRE_TOKENIZERS = {
+    **dict.fromkeys(("gpt-2", "phi-2"), _Pre()),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), _Pre(digits=True)),
+    **dict.fromkeys(("llama-bpe", "llama-v3", "llama3", "falcon3"), _Pre(_LLAMA3, whole_words=True, add_bos=True)),
+    **dict.fromkeys(("dbrx", "smaug-bpe"), _Pre(_LLAMA3)),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _Pre(_QWEN2)),
+    "gpt-4o": _Pre(_GPT4O),
+    "tekken": _Pre(_TEKKEN, whole_words=True, add_bos=True),
+}
+# Files written before the key existed: what their architecture's only vocabulary uses.
+_PRE_OF_ARCHITECTURE = {"phi2": "phi-2", "qwen2": "qwen2"}
+
+
+def tokenizer_from_folder(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a Hugging Face folder, None where it has no tokenizer's file at all.
+
+    Raises:
+        InputError: its files are damaged or incomplete, or need code from the folder.
+    """
+    there = [name for name in _FILES if (folder / name).is_file()]
+    if not there:
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises plain Exception for a malformed file
+        raise InputError(
+            f"{folder}: the tokenizer ({', '.join(there)}) cannot be read ({_first_line(error)}); "
+            "copy all of the model's tokenizer files again"
+        ) from error
+    return tokenizer
+
+
+def tokenizer_from_gguf(metadata: Mapping[str, Any], context_length: int) -> PreTrainedTokenizerBase | None:
+    """A tokenizer rebuilt from a GGUF file's `tokenizer.*` metadata, None where there is none.
+
+    Args:
+        metadata: the file's key/value pairs.
+        context_length: the model's, for `model_max_length`.
+
+    Raises:
+        InputError: the kind of tokenizer is not supported, or its parts do not fit together.
+    """
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind is None:
+        return None
+    builders = {"gpt2": _byte_level, "llama": _sentencepiece}
+    if kind not in builders:
+        raise InputError(f"tokenizer.ggml.model {kind!r} is not supported; supported: {', '.join(builders)}")
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list) or not tokens:
+        raise InputError("tokenizer.ggml.tokens is missing or empty")
+    if len(set(tokens)) != len(tokens):
+        raise InputError("tokenizer.ggml.tokens names a token twice")
+    types = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
+    if len(types) != len(tokens):
+        raise InputError(f"tokenizer.ggml.token_type has {len(types)} entries, expected {len(tokens)}")
+    special = {
+        role: _special(metadata, tokens, key)
+        for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+    }
+    try:
+        tokenizer, add_bos = builders[kind](metadata, tokens, types, special["unk"])
+    except InputError:
+        raise
+    except Exception as error:  # tokenizers raises plain Exception for a vocabulary that does not fit its merges
+        raise InputError(f"the tokenizer's vocabulary is damaged ({_first_line(error)})") from error
+
+    # Phi-3's template writes a line break behind each special token, which the model never saw.
+    strips = metadata.get("general.architecture") == "phi3" and kind == "llama"
+    keeps = {"<unk>", "<s>", "<|endoftext|>"}
+    for wanted, is_special in ((_CONTROL, True), (_USER_DEFINED, False)):
+        added = [
+            AddedToken(token, normalized=False, special=is_special, rstrip=strips and is_special and token not in keeps)
+            for token, token_type in zip(tokens, types, strict=True)
+            if token_type == wanted
+        ]
+        (tokenizer.add_special_tokens if is_special else tokenizer.add_tokens)(added)
+
+    add_bos = metadata.get("tokenizer.ggml.add_bos_token", add_bos) and special["bos"] is not None
+    add_eos = metadata.get("tokenizer.ggml.add_eos_token", False) and special["eos"] is not None
+    if add_bos or add_eos:
+        front = [special["bos"]] if add_bos else []
+        back = [special["eos"]] if add_eos else []
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[*front, "$A", *back],
+            pair=[*front, "$A", *back, *front, "$B", *back],
+            special_tokens=[(token, tokens.index(token)) for token in front + back],
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        **{f"{role}_token": token for role, token in special.items() if token is not None},
+        chat_template=metadata.get("tokenizer.chat_template"),
+        model_max_length=context_length,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _byte_level(
+    metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int], unknown: str | None
+) -> tuple[Tokenizer, bool]:
+    """GPT-2's kind: bytes as printable characters, merged by a ranked list."""
+    del types, unknown  # every byte has a token, so nothing is unknown
+    architecture = metadata.get("general.architecture", "")
+    name = metadata.get("tokenizer.ggml.pre", _PRE_OF_ARCHITECTURE.get(architecture))
+    pre = _PRE_TOKENIZERS.get(name)
+    if pre is None:
+        raise InputError(
+            f"tokenizer.ggml.pre {name!r} is not supported; supported: {', '.join(sorted(_PRE_TOKENIZERS))}"
+        )
+    model = BPE(vocab=_vocabulary(tokens), merges=_merges(metadata), ignore_merges=pre.whole_words)
+    tokenizer = Tokenizer(model)
+    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if pre.digits else []
+    if pre.pattern is not None:
+        steps.append(pre_tokenizers.Split(Regex(pre.pattern), behavior="isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.pattern is None))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    return tokenizer, pre.add_bos
+
+
+def _sentencepiece(
+    metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int], unknown: str | None
+) -> tuple[Tokenizer, bool]:
+    """Llama 1/2's kind: characters merged by the scores of the results, bytes where a character has no token."""
+    if "tokenizer.ggml.merges" in metadata:
+        merges = _merges(metadata)
+    else:
+        scores = metadata.get("tokenizer.ggml.scores")
+        if not isinstance(scores, list) or len(scores) != len(tokens):
+            raise InputError(f"tokenizer.ggml.scores must hold {len(tokens)} numbers, one per token")
+        merges = merges_from_scores(tokens, scores, types)
+    model = BPE(
+        vocab=_vocabulary(tokens),
+        merges=merges,
+        unk_token=unknown,
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    tokenizer = Tokenizer(model)
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁")] * prefix + [normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        + [decoders.Strip(content=" ", left=1, right=0)] * prefix
+    )
+    return tokenizer, True
+
+
+def merges_from_scores(tokens: Sequence[str], scores: Sequence[float], types: Sequence[int]) -> list[tuple[str, str]]:
+    """The ranked merges of a sentencepiece vocabulary: every way to cut a piece in two, best score first."""
+    usual = [t not in (_UNKNOWN, _CONTROL, _BYTE) for t in types]
+    rank = {token: i for i, token in enumerate(tokens) if usual[i]}
+    found = []
+    for token, index in rank.items():
+        cuts = [(token[:k], token[k:]) for k in range(1, len(token))]
+        halves = [(rank[a], rank[b], a, b) for a, b in cuts if a in rank and b in rank]
+        found += [(-scores[index], index, *half) for half in sorted(halves)]
+    return [(a, b) for *_, a, b in sorted(found)]
+
+
+def _merges(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
+    lines = metadata.get("tokenizer.ggml.merges")
+    if not isinstance(lines, list):
+        raise InputError("tokenizer.ggml.merges is missing")
+    merges = [tuple(line.split(" ")) for line in lines]
+    bad = next((line for line, merge in zip(lines, merges, strict=True) if len(merge) != 2), None)
+    if bad is not None:
+        raise InputError(f"tokenizer.ggml.merges holds {bad!r}, expected two tokens with a space between")
+    return [(a, b) for a, b in merges]
+
+
+def _vocabulary(tokens: Sequence[str]) -> dict[str, int]:
+    return {token: index for index, token in enumerate(tokens)}
+
+
+def _special(metadata: Mapping[str, Any], tokens: Sequence[str], key: str) -> str | None:
+    index = metadata.get(f"tokenizer.ggml.{key}_token_id")
+    if index is None:
+        return None
+    if not 0 <= index < len(tokens):
+        raise InputError(f"tokenizer.ggml.{key}_token_id {index} is outside the vocabulary of {len(tokens)}")
+    return tokens[index]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
