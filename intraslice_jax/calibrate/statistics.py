@@ -8,7 +8,8 @@ at the highest matmul precision (TPUs and GPUs would round the factors otherwise
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ from jaxtyping import Array, Float, Int
 from intraslice_jax.models.attention import attend_causally
 from intraslice_jax.models.decoder import Block
 from intraslice_jax.models.rope import RopeTable
+
+Moments = TypeVar("Moments")
 
 
 class AttentionMoments(NamedTuple):
@@ -45,7 +48,7 @@ class GramMoments(NamedTuple):
     total: Float[Array, " channels"]
 
 
-def zeros_like_moments(kind: type, **shapes: tuple[int, ...]) -> NamedTuple:
+def zeros_like_moments(kind: Callable[..., Moments], **shapes: tuple[int, ...]) -> Moments:
     """An empty accumulator."""
     return kind(**{name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()})
 
