@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -30,6 +31,11 @@ class AttentionPlan:
     def kv_heads(self) -> tuple[int, ...]:
         """KV heads that some kept query head reads (ascending)."""
         return tuple(sorted(set(self.query_to_kv)))
+
+    def keeps_all(self, shape: LayerShape) -> bool:
+        """Whether nothing is removed from a layer of this shape."""
+        widths = self.qk_width == shape.qk_head_dim and self.v_width == shape.v_head_dim
+        return widths and len(self.heads) == shape.num_attention_heads
 
     @property
     def local_query_to_kv(self) -> tuple[int, ...]:
@@ -86,7 +92,7 @@ def plan_heads(energies: HeadEnergies, kept_channels: int) -> tuple[np.ndarray, 
         order.pop(0)
     while len(order) > 1 and width(order) < 0.75 * full:
         order.pop(0)
-    even = 2 * round(kept_channels / len(order) / 2)
+    even = 2 * math.floor(kept_channels / len(order) / 2 + 0.5)  # of two equally near ones, the wider
     return np.sort(np.asarray(order)), max(2, min(even, full))
 
 

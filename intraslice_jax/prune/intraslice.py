@@ -30,6 +30,8 @@ class IntraSlice:
             min(width, shape.qk_head_dim),
             width,
         )
+        if plan.keeps_all(shape):
+            return PrunedAttention(arrays, shape, plan.heads, 0.0, {"solver": "none"})  # the ridge would still damp it
         channels = select_pairs(np.asarray(moments.pair_scores), plan, shape.rotary_dim)
         kept = layer.kept_moments(plan.heads, channels[list(plan.local_query_to_kv)])
         with solver_precision():
