@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Int
 
 from intraslice_jax.config import ModelConfig
 from intraslice_jax.errors import InputError, RunError
 from intraslice_jax.model import LanguageModel
-from intraslice_jax.models.decoder import Decoder, run_block
+from intraslice_jax.models.finite import first_bad_layer
 from intraslice_jax.models.head import token_nll
 from intraslice_jax.models.precision import exact_float32
 
@@ -113,23 +113,3 @@ def _check(config: ModelConfig, windows: np.ndarray, batch_size: int) -> None:
             f"the text holds token {odd}, the model's vocabulary has {config.vocab_size}; "
             "use the tokenizer that belongs to the model"
         )
-
-
-def first_bad_layer(decoder: Decoder, tokens: Int[Array, "batch seq"]) -> str:
-    """Which part of the model first yields a NaN or an infinity for these tokens, in words."""
-    x, rope = decoder.embed(tokens), decoder.rope_for(tokens.shape[1])
-    if not _finite(x):
-        return "the embedding holds NaN or Inf"
-    for i, block in enumerate(decoder.layers):
-        attended = block.attention(block.input_norm(x), rope)
-        x = run_block(block, x, rope)
-        if not _finite(x):
-            module = "MLP" if _finite(attended) else "attention"
-            return f"layer {i}, {module}, is the first with NaN or Inf; its weights or activations overflow"
-    if not _finite(decoder.norm(x)):
-        return "the final norm yields NaN or Inf"
-    return "the head yields NaN or Inf"
-
-
-def _finite(x: Array) -> bool:
-    return bool(jnp.isfinite(x).all())

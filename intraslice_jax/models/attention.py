@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from intraslice_jax.config import LayerShape, ModelConfig
 from intraslice_jax.models.initialise import normal, optional_zeros
@@ -113,24 +113,23 @@ def attend(
     scale: float,
 ) -> Float[Array, "batch queries heads v"]:
     """Attention under an explicit mask, softmax in float32."""
-    batch, queries, heads, qk = q.shape
-    if len(set(query_to_kv)) * query_to_kv.count(0) != heads or len(set(map(query_to_kv.count, query_to_kv))) > 1:
+    batch, queries, _, qk = q.shape
+    sizes = [query_to_kv.count(j) for j in range(k.shape[2])]
+    spread = None
+    if len(set(sizes)) > 1 and queries > 1:
         # Ragged groups: every query head gets its own copy of its key and value head.
         to_kv = jnp.asarray(query_to_kv)
         k, v = k[:, :, to_kv], v[:, :, to_kv]
-    kv = k.shape[2]
+    elif len(set(sizes)) > 1:
+        # One query per row: copying the keys would cost more than the arithmetic, so groups are filled up to the
+        # largest one with queries whose results are dropped.
+        most = max(sizes)
+        spread = jnp.asarray([j * most + i for j, size in enumerate(sizes) for i in range(size)])
+        q = jnp.zeros((batch, queries, len(sizes) * most, qk), q.dtype).at[:, :, spread].set(q)
+    kv, heads = k.shape[2], q.shape[2]
     grouped = q.reshape(batch, queries, kv, heads // kv, qk)
     scores = jnp.einsum("btngk,bsnk->bngts", grouped, k).astype(jnp.float32) * scale
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, -1).astype(v.dtype)
-    return jnp.einsum("bngts,bsnv->btngv", weights, v).reshape(batch, queries, heads, v.shape[-1])
-
-
-def write_cache(
-    cache: Float[Array, "batch slots kv width"],
-    new: Float[Array, "batch seq kv width"],
-    positions: Int[Array, "batch seq"],
-) -> Float[Array, "batch slots kv width"]:
-    """The cache with `new` stored at each row's positions."""
-    rows = jnp.arange(cache.shape[0])[:, None]
-    return cache.at[rows, positions].set(new, mode="drop", unique_indices=True)
+    out = jnp.einsum("bngts,bsnv->btngv", weights, v).reshape(batch, queries, heads, v.shape[-1])
+    return out if spread is None else out[:, :, spread]
