@@ -169,10 +169,11 @@ class Layer:
         after = x + self.attention(x, projections)
         return after + self.mlp(self.inner(x, after), projections)
 
-    def prune(self, x, ratio, mlp_width, damping):
+    def prune(self, x, ratio, mlp_width, damping, attention=True):
         """Section 2, then section 3 behind the pruned attention; returns the projections."""
         found = self.dense()
-        self._prune_attention(x, ratio, damping, found)
+        if attention:
+            self._prune_attention(x, ratio, damping, found)
         after = x + self.attention(x, found)
         self._prune_mlp(self.inner(x, after), mlp_width, damping, found)
         return found
