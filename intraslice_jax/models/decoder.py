@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -105,7 +106,7 @@ class Decoder(nnx.Module):
 
 def abstract_arrays(config: ModelConfig, dtype: Any = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
     """Path, shape and dtype of every array of a model, without making one."""
-    return _abstract(lambda: Decoder(config, dtype))[1]
+    return _abstract_decoder(config, dtype)[1]
 
 
 def decoder_from_arrays(config: ModelConfig, arrays: Mapping[str, Any]) -> Decoder:
@@ -114,12 +115,12 @@ def decoder_from_arrays(config: ModelConfig, arrays: Mapping[str, Any]) -> Decod
     Raises:
         InputError: a path is missing or left over, or an array has another shape.
     """
-    return _fill(lambda dtype: Decoder(config, dtype), arrays, "embed_tokens")
+    return _fill(lambda dtype: _abstract_decoder(config, dtype), arrays, "embed_tokens")
 
 
 def block_from_arrays(config: ModelConfig, shape: LayerShape, arrays: Mapping[str, Any]) -> Block:
     """One layer from a mapping of paths within it (`attention.q_proj`), checked like a whole decoder."""
-    return _fill(lambda dtype: Block(config, shape, dtype, nnx.Rngs(0)), arrays, "mlp.up_proj")
+    return _fill(lambda dtype: _abstract(lambda: Block(config, shape, dtype, nnx.Rngs(0))), arrays, "mlp.up_proj")
 
 
 def decoder_to_arrays(module: nnx.Module) -> dict[str, Array]:
@@ -128,9 +129,8 @@ def decoder_to_arrays(module: nnx.Module) -> dict[str, Array]:
     return {_dotted(path): leaf for path, leaf in leaves}
 
 
-def _fill(make: Callable[[Any], Any], arrays: Mapping[str, Any], dtype_of: str) -> Any:
-    dtype = jnp.dtype(arrays[dtype_of].dtype if dtype_of in arrays else jnp.float32)
-    treedef, expected = _abstract(lambda: make(dtype))
+def _fill(abstract: Callable[[Any], Any], arrays: Mapping[str, Any], dtype_of: str) -> Any:
+    treedef, expected = abstract(jnp.dtype(arrays[dtype_of].dtype if dtype_of in arrays else jnp.float32))
     missing, leftover = expected.keys() - arrays.keys(), arrays.keys() - expected.keys()
     if missing or leftover:
         raise InputError(f"weights do not fit the model: missing {_some(missing)}, left over {_some(leftover)}")
@@ -140,6 +140,20 @@ def _fill(make: Callable[[Any], Any], arrays: Mapping[str, Any], dtype_of: str) 
             raise InputError(f"{path} has shape {tuple(arrays[path].shape)}, expected {want.shape}")
         filled.append(jnp.asarray(arrays[path], want.dtype))
     return jax.tree.unflatten(treedef, filled)
+
+
+def _abstract_decoder(config: ModelConfig, dtype: Any) -> tuple[Any, dict[str, jax.ShapeDtypeStruct]]:
+    treedef, leaves = _abstract_float32(config)
+    return treedef, {
+        path: jax.ShapeDtypeStruct(leaf.shape, dtype) if leaf.dtype == jnp.float32 else leaf
+        for path, leaf in leaves.items()
+    }
+
+
+@functools.lru_cache(maxsize=4)
+def _abstract_float32(config: ModelConfig) -> tuple[Any, dict[str, jax.ShapeDtypeStruct]]:
+    """Remembered: tracing the constructor of a deep model takes seconds, and loading asks more than once."""
+    return _abstract(lambda: Decoder(config, jnp.float32))
 
 
 def _abstract(make: Callable[[], Any]) -> tuple[Any, dict[str, jax.ShapeDtypeStruct]]:
