@@ -10,6 +10,8 @@ The functions are imported when first used, so that importing the package (and `
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,3 +30,18 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """The import of the subpackage `prune` would otherwise put it in the place of the function."""
+
+    @property
+    def prune(self) -> Any:
+        return __getattr__("prune")
+
+    @prune.setter
+    def prune(self, _: ModuleType) -> None:
+        """The subpackage stays in `sys.modules`, where `from intraslice_jax.prune...` finds it."""
+
+
+sys.modules[__name__].__class__ = _Package

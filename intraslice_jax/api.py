@@ -7,13 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from intraslice_jax import convert
 from intraslice_jax.calibrate import data
 from intraslice_jax.config import CalibrationConfig, PruneConfig
+from intraslice_jax.convert.assemble import DTYPES
 from intraslice_jax.errors import InputError
-from intraslice_jax.io.checkpoint import is_checkpoint, restore, save
+from intraslice_jax.evaluate.perplexity import perplexity as measure_perplexity
+from intraslice_jax.io.checkpoint import is_checkpoint, restore, save, versions
 from intraslice_jax.model import LanguageModel
+from intraslice_jax.models.generate import generate as continue_prompts
 from intraslice_jax.prune.pipeline import LayerRecord, prune_model
 from intraslice_jax.settings import closest
 
@@ -32,23 +38,24 @@ def load(source: str | Path, dtype: str | None = None) -> LanguageModel:
     """
     if is_checkpoint(source):
         return cast(restore(source), dtype)
-    from intraslice_jax import convert
-
     return convert.load(source, dtype)
 
 
 def cast(model: LanguageModel, dtype: str | None) -> LanguageModel:
-    """The model with its floating-point weights in another dtype."""
-    import jax
-    import jax.numpy as jnp
+    """The model with its floating-point weights in another dtype; None leaves them.
 
+    Raises:
+        InputError: the dtype is none of those that models come in.
+    """
     if dtype is None:
         return model
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is not supported; expected {', '.join(DTYPES)}")
 
-    def convert(leaf: jax.Array) -> jax.Array:
+    def to_dtype(leaf: jax.Array) -> jax.Array:
         return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
-    return dataclasses.replace(model, decoder=jax.tree.map(convert, model.decoder))
+    return dataclasses.replace(model, decoder=jax.tree.map(to_dtype, model.decoder))
 
 
 def prune(
@@ -110,7 +117,7 @@ def prune_calibrated(
         "sequence_length": calibrate.sequence_length,
         "seed": calibrate.seed,
     }
-    report = {"model": model.name, "calibration": calibration, **pruned.report}
+    report = {"model": model.name, "calibration": calibration, **pruned.report, "versions": versions()}
     return dataclasses.replace(pruned, report=report)
 
 
@@ -134,9 +141,7 @@ def perplexity(
     Raises:
         InputError: the text has fewer tokens than one window.
     """
-    from intraslice_jax.evaluate.perplexity import perplexity as measure
-
-    return measure(model, text_windows(model, text, sequence_length, windows), batch_size).perplexity
+    return measure_perplexity(model, text_windows(model, text, sequence_length, windows), batch_size).perplexity
 
 
 def text_windows(model: LanguageModel, text: str, sequence_length: int, limit: int | None = None) -> np.ndarray:
@@ -164,23 +169,24 @@ def export(
     path: str | Path,
     *,
     dtype: str | None = None,
-    max_shard_size: str = "5GB",
+    max_shard_size: int | str = "5GB",
     overwrite: bool = False,
 ) -> Path:
-    """Writes a Hugging Face folder that PyTorch loads with `trust_remote_code=True`; torch is not needed here.
+    """Writes a Hugging Face folder that PyTorch loads; torch is not needed here.
+
+    An unpruned model is written for its stock class, a pruned one with a modelling file of its own, for
+    `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)`.
 
     Args:
         model: dense or pruned.
         path: the folder to write; it appears under its name only when complete.
         dtype: of the weights in the files, None for the model's own.
-        max_shard_size: above it the weights are split over several files (`500MB`, `5GB`).
+        max_shard_size: above it the weights are split over several files: bytes, or text such as `5GB`.
         overwrite: replace a folder that exists.
 
     Raises:
         InputError: `path` exists and `overwrite` is False.
     """
-    from intraslice_jax import convert
-
     return convert.export(model, path, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
 
 
@@ -194,7 +200,19 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> str:
-    """The continuation of a prompt; greedy at temperature 0."""
-    from intraslice_jax.models import generate as generation
+    """The continuation of a prompt, without the prompt.
 
-    return generation.generate(model, prompt, max_new_tokens, temperature, top_k, top_p, seed)
+    Args:
+        model: dense or pruned.
+        prompt: text; the tokenizer's special tokens are added.
+        max_new_tokens: the most tokens to add; a stop token of the model ends it earlier.
+        temperature: 0 takes the likeliest token at every step, higher values sample.
+        top_k: sample from so many of the likeliest tokens, 0 for all.
+        top_p: sample from the fewest likeliest tokens whose probabilities reach this sum.
+        seed: of the sampling.
+
+    Raises:
+        InputError: the prompt is empty, or exceeds the model's context with its continuation.
+    """
+    model.require_tokenizer()
+    return continue_prompts(model, prompt, max_new_tokens, temperature, top_k, top_p, seed).texts[0]

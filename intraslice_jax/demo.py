@@ -18,7 +18,7 @@ from intraslice_jax.evaluate.perplexity import perplexity
 from intraslice_jax.io.atomic import atomic_folder
 from intraslice_jax.io.checkpoint import versions
 from intraslice_jax.model import LanguageModel
-from intraslice_jax.progress import layer_progress
+from intraslice_jax.progress import layer_progress, window_progress
 from intraslice_jax.settings import as_settings
 
 
@@ -47,7 +47,11 @@ def run_demo(options: Options) -> dict[str, Any]:
         windows = {name: api.text_windows(dense, text, length, options.windows) for name, text in texts.items()}
 
         def measure(model: LanguageModel) -> dict[str, Any]:
-            return {name: perplexity(model, tokens) for name, tokens in windows.items()}
+            results = {}
+            for name, tokens in windows.items():
+                with window_progress(name) as on_batch:
+                    results[name] = perplexity(model, tokens, on_batch=on_batch)
+            return results
 
         say("measuring the dense model")
         before, sample = measure(dense), _continuation(dense, options)

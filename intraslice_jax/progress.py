@@ -1,4 +1,4 @@
-"""How far a pruning run is: a bar on a terminal, one line per layer elsewhere."""
+"""How far a run is: a bar on a terminal; elsewhere one line per layer, and nothing for evaluation windows."""
 
 from __future__ import annotations
 
@@ -35,6 +35,28 @@ def layer_progress(layers: int, console: Console | None = None) -> Iterator[Call
         def show(record: LayerRecord) -> None:
             left = clock.remaining(record.layer + 1)
             progress.update(task, advance=1, remaining=f"{duration(left)} left", shape=describe(record))
+
+        yield show
+
+
+@contextmanager
+def window_progress(label: str, console: Console | None = None) -> Iterator[Callable[[int, int], None]]:
+    """Yields the function to call with the windows done and their total."""
+    console = console or Console(stderr=True)
+    columns = (
+        TextColumn(label),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[remaining]}"),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=None, remaining="")
+        started = time.monotonic()
+
+        def show(done: int, total: int) -> None:
+            left = (time.monotonic() - started) / done * (total - done)
+            progress.update(task, completed=done, total=total, remaining=f"{duration(left)} left")
 
         yield show
 

@@ -60,14 +60,14 @@ def run(options: Options) -> None:
     from intraslice_jax.environment import peak_rss_bytes
     from intraslice_jax.evaluate.perplexity import perplexity
     from intraslice_jax.io.checkpoint import versions
-    from intraslice_jax.progress import duration
+    from intraslice_jax.progress import duration, window_progress
     from intraslice_jax.settings import as_settings
 
     text = _read(options)
     model = api.load(options.checkpoint, options.dtype)
-    result = perplexity(
-        model, api.text_windows(model, text, options.sequence_length, options.windows), options.batch_size
-    )
+    windows = api.text_windows(model, text, options.sequence_length, options.windows)
+    with window_progress("evaluating") as on_batch:
+        result = perplexity(model, windows, options.batch_size, on_batch)
     facts: dict[str, Any] = {
         **dataclasses.asdict(result),
         "text_sha256": text_hash(text),

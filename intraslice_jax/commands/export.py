@@ -13,12 +13,13 @@ from intraslice_jax.commands._types import Checkpoint, Config, Dtype, Out
 class Options:
     """Write a model as a Hugging Face folder for PyTorch.
 
-    It loads with `AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True)`.
+    A pruned model loads with `AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True)`; an unpruned one
+    is an ordinary checkpoint of its family.
 
     Attributes:
         checkpoint: what `prune` or `convert` wrote, or any model.
         output: the folder to write.
-        format: `hf` is a Hugging Face folder with its own modelling file.
+        format: `hf` is a Hugging Face folder.
         dtype: dtype of the written weights; as stored if not given.
         max_shard_size: above this size the weights are split over several files.
         config: YAML file with any of these options; the command line is stronger.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass
 from typing import Annotated
@@ -50,24 +51,31 @@ def run(options: Options) -> None:
 
     from intraslice_jax import api
     from intraslice_jax.io.checkpoint import versions
+    from intraslice_jax.models.generate import generate
     from intraslice_jax.settings import as_settings
 
     model = api.load(options.checkpoint, options.dtype)
+    model.require_tokenizer()
     started = time.monotonic()
-    text = api.generate(
+    stream = sys.stdout.isatty()
+    if stream:
+        print(options.prompt, end="", flush=True)
+    result = generate(
         model,
         options.prompt,
         options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
+        options.temperature,
+        options.top_k,
+        options.top_p,
+        options.seed,
+        (lambda _, __, text: print(text, end="", flush=True)) if stream else None,
     )
-    print(options.prompt + text)
+    print("" if stream else options.prompt + result.texts[0])
     if options.output is not None:
         facts = {
             "prompt": options.prompt,
-            "continuation": text,
+            "continuation": result.texts[0],
+            "tokens": result.tokens[0],
             "seconds": time.monotonic() - started,
             "settings": as_settings(options),
             "versions": versions(),

@@ -39,6 +39,10 @@ def run(options: Options) -> None:
 
     check_output(options.output, options.overwrite)  # before any heavy import
 
+    from intraslice_jax.prune.methods import create_method
+
+    create_method(options.prune.method)  # a wrong name is found before the model is loaded
+
     from intraslice_jax import api
     from intraslice_jax.calibrate.sources import read_sources
     from intraslice_jax.commands._output import gibibytes, number, percent, print_table
