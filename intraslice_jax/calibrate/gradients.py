@@ -1,0 +1,281 @@
+"""Gradients of the language-model loss with respect to masks of ones on module outputs (docs/method.md section 4).
+
+A mask stands on every input of an o-projection and of a down-projection. Its gradient says, to first order, what
+the loss would lose with that unit. One microbatch of sequences at a time runs forward, keeping the residual stream
+at the layer boundaries, and then backward through one compiled function per distinct layer shape that computes the
+layer's forward pass again. Weights are never differentiated.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from intraslice_jax.config import ModelConfig
+from intraslice_jax.errors import RunError
+from intraslice_jax.model import LanguageModel
+from intraslice_jax.models.decoder import Block, Decoder
+from intraslice_jax.models.head import token_nll
+from intraslice_jax.models.rope import RopeTable
+
+OnBatch = Callable[[int, int], None]
+"""Told how many sequences are done, and of how many."""
+
+
+@dataclass(frozen=True)
+class GroupGradients:
+    """Sums over the sequences of one group, one entry per layer; float32.
+
+    Attributes:
+        attention: gradients of the o-projection's input masks, [heads, v] each.
+        mlp: gradients of the down-projection's input masks, [inner] each.
+        matrices: y_h^T dL/dy_h of every head, [heads, v, v] each, whose diagonals are `attention`; empty
+            unless asked for.
+        head_gram: y_h^T y_h of every head, [heads, v, v] each.
+        loss: mean token losses of the sequences in nats, summed.
+        sequences: how many sequences the group has.
+    """
+
+    attention: tuple[np.ndarray, ...]
+    mlp: tuple[np.ndarray, ...]
+    matrices: tuple[np.ndarray, ...]
+    head_gram: tuple[np.ndarray, ...]
+    loss: float
+    sequences: int
+
+
+def group_gradients(
+    model: LanguageModel,
+    windows: Int[np.ndarray, "samples seq"],
+    *,
+    group: int = 8,
+    matrices: bool = False,
+    batch_size: int = 0,
+    memory_budget: int = 512 * 2**20,
+    on_batch: OnBatch | None = None,
+) -> Iterator[GroupGradients]:
+    """Mask gradients of the mean token loss of every sequence, summed over groups of consecutive sequences.
+
+    Only one group is held at a time. The last one is smaller when the number of windows does not divide.
+
+    Args:
+        model: dense, or pruned before.
+        windows: int32 tokens.
+        group: sequences per group; 1 gives the gradients of single sequences.
+        matrices: whether each head's mask is an identity matrix between y and the o-projection, instead of its
+            diagonal alone.
+        batch_size: sequences per step, 0 to choose it from the budget.
+        memory_budget: bytes that a step's activations may take.
+        on_batch: told after each step.
+
+    Raises:
+        RunError: a loss or a gradient is not finite; the message names the layer.
+    """
+    size = batch_size or _automatic_batch(model.config, windows.shape[1], matrices, memory_budget)
+    pending: list[_Sequences] = []
+    waiting = 0
+    for batch in _sequences(model.decoder, windows, size, matrices, on_batch):
+        while waiting + batch.count >= group:
+            head, batch = batch.split(group - waiting)
+            yield _sum([*pending, head])
+            pending, waiting = [], 0
+        if batch.count:
+            pending.append(batch)
+            waiting += batch.count
+    if waiting:
+        yield _sum(pending)
+
+
+def head_grams(
+    model: LanguageModel,
+    windows: Int[np.ndarray, "samples seq"],
+    *,
+    batch_size: int = 0,
+    memory_budget: int = 512 * 2**20,
+    on_batch: OnBatch | None = None,
+) -> tuple[Float[np.ndarray, "heads v v"], ...]:
+    """Second moments y_h^T y_h of the unpruned model per layer and head, summed over all tokens; float64."""
+    size = batch_size or _automatic_batch(model.config, windows.shape[1], False, memory_budget)
+    shapes = [(s.num_attention_heads, s.v_head_dim, s.v_head_dim) for s in model.config.layers]
+    totals = [np.zeros(shape) for shape in shapes]
+    rope = model.decoder.rope_for(windows.shape[1])
+    with jax.default_matmul_precision("highest"):
+        for tokens, real, done in _batches(windows, size):
+            x = model.decoder.embed(tokens)
+            for i, block in enumerate(model.decoder.layers):
+                x, gram = _forward(block, x, rope)
+                gram = np.asarray(gram)[:real]
+                _check_finite(i, "attention", "second moment", gram)
+                totals[i] += gram.sum(0, dtype=np.float64)
+            if on_batch is not None:
+                on_batch(done, len(windows))
+    return tuple(totals)
+
+
+class _Masks(NamedTuple):
+    """Ones on the o-projection's input, or identity matrices, and ones on the down-projection's; float32."""
+
+    attention: Float[Array, "batch heads v"] | Float[Array, "batch heads v v"]
+    mlp: Float[Array, "batch inner"]
+
+
+class _Sequences(NamedTuple):
+    """What `GroupGradients` sums, with a leading axis of sequences."""
+
+    attention: tuple[np.ndarray, ...]
+    mlp: tuple[np.ndarray, ...]
+    head_gram: tuple[np.ndarray, ...]
+    loss: np.ndarray
+
+    @property
+    def count(self) -> int:
+        return len(self.loss)
+
+    def split(self, first: int) -> tuple[_Sequences, _Sequences]:
+        """The first sequences, and the others."""
+        return jax.tree.map(lambda a: a[:first], self), jax.tree.map(lambda a: a[first:], self)
+
+
+def _sum(parts: list[_Sequences]) -> GroupGradients:
+    def total(*arrays: np.ndarray) -> np.ndarray:
+        return sum((a.sum(0, dtype=np.float64) for a in arrays), np.float64(0)).astype(np.float32)
+
+    attention, mlp, head_gram, loss = jax.tree.map(total, *parts)
+    full = attention[0].ndim == 3
+    diagonals = tuple(np.diagonal(m, axis1=1, axis2=2) for m in attention) if full else attention
+    sequences = sum(part.count for part in parts)
+    return GroupGradients(diagonals, mlp, attention if full else (), head_gram, float(loss), sequences)
+
+
+def _batches(windows: np.ndarray, size: int) -> Iterator[tuple[Array, int, int]]:
+    """Tokens, how many of the rows are real, and how many are done after them.
+
+    The last batch is filled up with copies of the last window, so that nothing compiles twice.
+    """
+    count = len(windows)
+    size = math.ceil(count / math.ceil(count / size))
+    for start in range(0, count, size):
+        rows = np.minimum(np.arange(start, start + size), count - 1)
+        done = min(start + size, count)
+        yield jnp.asarray(windows[rows], jnp.int32), done - start, done
+
+
+def _sequences(
+    decoder: Decoder, windows: np.ndarray, size: int, matrices: bool, on_batch: OnBatch | None
+) -> Iterator[_Sequences]:
+    rope = decoder.rope_for(windows.shape[1])
+    for tokens, real, done in _batches(windows, size):
+        # Not around the whole loop: a generator must not leave the setting on while its caller runs.
+        with jax.default_matmul_precision("highest"):
+            batch = _one_batch(decoder, tokens, rope, matrices)
+        batch, _ = batch.split(real)
+        _check_batch(batch)
+        yield batch
+        if on_batch is not None:
+            on_batch(done, len(windows))
+
+
+def _one_batch(decoder: Decoder, tokens: Array, rope: RopeTable, matrices: bool) -> _Sequences:
+    x, boundaries, grams = decoder.embed(tokens), [], []
+    for block in decoder.layers:
+        boundaries.append(x)
+        x, gram = _forward(block, x, rope)
+        grams.append(gram)
+    loss, cotangent = _loss_gradient(decoder, x, tokens)
+    attention, mlp = [], []
+    for block in reversed(list(decoder.layers)):
+        cotangent, masks = _backward(block, boundaries.pop(), rope, cotangent, matrices)
+        attention.append(masks.attention)
+        mlp.append(masks.mlp)
+    return jax.device_get(_Sequences(tuple(attention[::-1]), tuple(mlp[::-1]), tuple(grams), loss))
+
+
+@jax.jit
+def _forward(
+    block: Block, x: Float[Array, "batch seq hidden"], rope: RopeTable
+) -> tuple[Float[Array, "batch seq hidden"], Float[Array, "batch heads v v"]]:
+    """A layer, and y_h^T y_h of its heads per sequence."""
+    y = block.attention.mix(block.input_norm(x), rope)
+    wide = y.astype(jnp.float32)
+    gram = jnp.einsum("bthv,bthw->bhvw", wide, wide, precision=jax.lax.Precision.HIGHEST)
+    after_attention = x + block.attention.output(y)
+    return after_attention + block.mlp(block.mlp_input(x, after_attention)), gram
+
+
+def _loss_gradient(decoder: Decoder, x: Array, tokens: Array) -> tuple[Array, Array]:
+    """Mean token loss of each sequence, and the gradient of their sum with respect to the last layer's output."""
+
+    def loss(x: Array) -> tuple[Array, Array]:
+        per_sequence = token_nll(decoder, decoder.norm(x)[:, :-1], tokens[:, 1:]).mean(1)
+        return per_sequence.sum(), per_sequence
+
+    gradient, per_sequence = jax.grad(loss, has_aux=True)(x)
+    return per_sequence, gradient
+
+
+@functools.partial(jax.jit, static_argnames="matrices", donate_argnames="cotangent")
+def _backward(
+    block: Block, x: Float[Array, "batch seq hidden"], rope: RopeTable, cotangent: Array, matrices: bool
+) -> tuple[Array, _Masks]:
+    """Gradients with respect to a layer's input and to its masks, given the one with respect to its output."""
+    heads, v, _ = block.attention.o_proj[...].shape
+    inner = block.mlp.down_proj[...].shape[0]
+    batch = x.shape[0]
+    ones = jnp.ones((batch, heads, v), jnp.float32)
+    if matrices:
+        ones = ones[..., None] * jnp.eye(v, dtype=jnp.float32)[None, None]
+    masks = _Masks(ones, jnp.ones((batch, inner), jnp.float32))
+    _, pullback = jax.vjp(functools.partial(_masked, block, rope), x, masks)
+    return pullback(cotangent)
+
+
+def _masked(block: Block, rope: RopeTable, x: Array, masks: _Masks) -> Array:
+    y = block.attention.mix(block.input_norm(x), rope)
+    wide = y.astype(jnp.float32)
+    if masks.attention.ndim == 4:
+        wide = jnp.einsum("bthv,bhvw->bthw", wide, masks.attention)
+    else:
+        wide = wide * masks.attention[:, None]
+    after_attention = x + block.attention.output(wide.astype(y.dtype))
+    z = block.mlp.inner(block.mlp_input(x, after_attention))
+    masked = (z.astype(jnp.float32) * masks.mlp[:, None]).astype(z.dtype)
+    return after_attention + block.mlp.output(masked)
+
+
+def _automatic_batch(config: ModelConfig, seq: int, matrices: bool, memory_budget: int) -> int:
+    """How many sequences of a step fit the budget, at least 1."""
+    widest = max(layer.intermediate_size for layer in config.layers)
+    heads = max(layer.num_attention_heads for layer in config.layers)
+    width = max(layer.num_attention_heads * layer.v_head_dim for layer in config.layers)
+    # Boundaries, one layer's activations with their gradients, and the scores that its backward pass keeps.
+    stream = seq * config.hidden_size * (config.num_layers + 8)
+    activations = 8 * seq * (width + widest) + 2 * heads * seq * seq
+    squares = sum(layer.num_attention_heads * layer.v_head_dim**2 for layer in config.layers)
+    return max(1, memory_budget // (4 * (stream + activations + squares * (1 + matrices))))
+
+
+def _check_batch(batch: _Sequences) -> None:
+    for i, gram in enumerate(batch.head_gram):
+        _check_finite(i, "attention", "second moment", gram)
+    if not np.isfinite(batch.loss).all():
+        raise RunError("the loss is not finite; the weights or activations overflow (try --dtype float32)")
+    # The gradient passes the layers from the last to the first.
+    for i in reversed(range(len(batch.mlp))):
+        _check_finite(i, "MLP", "mask gradient", batch.mlp[i])
+        _check_finite(i, "attention", "mask gradient", batch.attention[i])
+
+
+def _check_finite(layer: int, module: str, what: str, array: np.ndarray) -> None:
+    if not np.isfinite(array).all():
+        raise RunError(
+            f"layer {layer}, {module}: the {what} is not finite; the weights or activations overflow "
+            "(try --dtype float32)"
+        )
