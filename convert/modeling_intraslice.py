@@ -1,0 +1,442 @@
+"""PyTorch model for checkpoints pruned with IntraSlice (https://arxiv.org/abs/2602.01975).
+
+This file travels inside an exported folder and needs nothing but PyTorch and transformers 5.16 or newer:
+
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+
+One class serves every family (Llama, Mistral, Qwen2, Phi-3, Phi-1/1.5/2, ...). `config.intraslice` describes the
+original model and each layer's widths: query heads may share key/value heads in groups of different sizes, queries
+and keys may be wider or narrower than values, and every key/value head keeps its own choice of rotary frequencies.
+The softmax scale stays that of the original head width.
+"""
+
+from dataclasses import field
+from typing import Any, ClassVar
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.generation.utils import GenerationMixin
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+
+@strict
+class IntraSliceConfig(PreTrainedConfig):
+    """Configuration of a pruned model.
+
+    `intraslice` holds the description this file builds the model from. Head counts and widths at the top level are
+    the original head width and the largest of the layers; `per_layer_config` has what differs in a layer.
+    """
+
+    model_type = "intraslice"
+    keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
+    # The name that transformers looks for to see that keys and values may differ in width.
+    attribute_map: ClassVar = {"qk_head_dim": "head_dim"}
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 0
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 32
+    head_dim: int = 128
+    v_head_dim: int = 128
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = False
+    rope_parameters: dict = field(default_factory=dict)
+    sliding_window: int | None = None
+    layer_types: list[str] = field(default_factory=list)
+    intraslice: dict = field(default_factory=dict)
+
+    def validate_architecture(self) -> None:
+        """A pruned layer's heads need not divide the hidden size; its description must be complete."""
+        layers = self.intraslice.get("layers", [])
+        if len(layers) != self.num_hidden_layers:
+            raise ValueError(f"`intraslice` describes {len(layers)} layers, expected {self.num_hidden_layers}")
+
+
+class IntraSliceRMSNorm(nn.Module):
+    """Root mean square norm, computed in float32."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        x = hidden_states.to(torch.float32)
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * x.to(hidden_states.dtype)
+
+
+def build_norm(config: IntraSliceConfig) -> nn.Module:
+    """The family's norm: RMSNorm, or LayerNorm with bias."""
+    norm = nn.LayerNorm if config.intraslice["norm"] == "layer" else IntraSliceRMSNorm
+    return norm(config.hidden_size, eps=config.intraslice["norm_eps"])
+
+
+class IntraSliceRotaryEmbedding(nn.Module):
+    """Cosines and sines of all frequencies of the *original* head; each layer picks its own from them."""
+
+    inv_freq: torch.Tensor
+
+    def __init__(self, config: IntraSliceConfig) -> None:
+        super().__init__()
+        parameters = {k: v for k, v in config.rope_parameters.items() if k != "partial_rotary_factor"}
+        # What transformers' rope functions read: a model whose heads are exactly the rotated channels.
+        self.config = PreTrainedConfig.from_dict(
+            {
+                "head_dim": config.intraslice["rotary_dim"],
+                "hidden_size": config.hidden_size,
+                "num_attention_heads": 1,
+                "max_position_embeddings": config.max_position_embeddings,
+                "rope_parameters": parameters,
+            }
+        )
+        self.rope_type = parameters["rope_type"]
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        initialise = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            initialise = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = initialise(self.config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: Any, device=None, **kwargs) -> tuple[torch.Tensor, float]:
+        """Inverse frequencies [rotary_dim / 2] without scaling, and the factor 1 on cosines and sines."""
+        width = config.head_dim
+        exponents = torch.arange(0, width, 2, dtype=torch.float, device=device) / max(width, 1)
+        return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines [batch, positions, frequencies] in float32."""
+        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates the channel pairs (p, p + pairs) of the first 2 x pairs channels, in float32; the rest pass through."""
+    pairs = cos.shape[-1]
+    first, second, rest = x.split([pairs, pairs, x.shape[-1] - 2 * pairs], dim=-1)
+    first, second = first.float(), second.float()
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat([part.to(x.dtype) for part in rotated] + [rest], dim=-1)
+
+
+def repeat_kv(hidden_states: torch.Tensor, repeats: int) -> torch.Tensor:
+    """[batch, kv, seq, width] with every head repeated: [batch, kv x repeats, seq, width]."""
+    return hidden_states if repeats == 1 else hidden_states.repeat_interleave(repeats, dim=1)
+
+
+def eager_attention_forward(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention written out, softmax in float32."""
+    key = repeat_kv(key, module.num_key_value_groups)
+    value = repeat_kv(value, module.num_key_value_groups)
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class IntraSliceAttention(nn.Module):
+    """Grouped-query attention of one layer's own widths."""
+
+    rope_pairs: torch.Tensor
+    query_to_kv: torch.Tensor
+
+    def __init__(self, config: IntraSliceConfig, layer_idx: int) -> None:
+        super().__init__()
+        model, shape = config.intraslice, config.intraslice["layers"][layer_idx]
+        self.config = config
+        self.layer_idx = layer_idx
+        self.groups: list[int] = shape["query_to_kv"]
+        heads, kv_heads = len(self.groups), self.groups[-1] + 1
+        sizes = {self.groups.count(head) for head in range(kv_heads)}
+        # Ragged groups: every query head gets its own copy of its key and value, after the cache.
+        self.ragged = len(sizes) > 1
+        self.num_key_value_groups = 1 if self.ragged else sizes.pop()
+        self.head_dim = shape["qk_head_dim"]
+        self.v_head_dim = shape["v_head_dim"]
+        self.rotary_dim = shape["rotary_dim"]
+        self.sliding_window = shape["sliding_window"]
+        self.scaling = model["head_dim"] ** -0.5
+        self.is_causal = True
+
+        bias = model["attention_bias"]
+        self.q_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_heads * self.v_head_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * self.v_head_dim, config.hidden_size, bias=model["attention_output_bias"])
+        # Which frequencies of the original head each key/value head kept: part of the checkpoint.
+        pairs = torch.zeros(kv_heads, self.rotary_dim // 2, dtype=torch.int32)
+        self.register_buffer("rope_pairs", pairs)
+        self.register_buffer("query_to_kv", torch.zeros(heads, dtype=torch.long), persistent=False)
+        self.reset_indices()
+
+    def reset_indices(self) -> None:
+        """Fills both index buffers, `rope_pairs` with the original order unless a checkpoint filled it."""
+        init.copy_(self.query_to_kv, torch.tensor(self.groups))
+        pairs = torch.arange(self.rotary_dim // 2, dtype=torch.int32)
+        init.copy_(self.rope_pairs, pairs.expand(self.rope_pairs.shape))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        rows = hidden_states.shape[:-1]
+        query = self.q_proj(hidden_states).view(*rows, -1, self.head_dim).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(*rows, -1, self.head_dim).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(*rows, -1, self.v_head_dim).transpose(1, 2)
+        if self.rotary_dim:
+            # [rows, kv heads, positions, pairs] of this layer's own frequencies
+            cos, sin = (table[..., self.rope_pairs].transpose(1, 2) for table in position_embeddings)
+            key = rotate(key, cos, sin)
+            query = rotate(query, cos.index_select(1, self.query_to_kv), sin.index_select(1, self.query_to_kv))
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        if self.ragged:
+            key, value = key.index_select(1, self.query_to_kv), value.index_select(1, self.query_to_kv)
+
+        implementation = self.config._attn_implementation or "eager"
+        if self.head_dim != self.v_head_dim and implementation not in ("eager", "sdpa"):
+            # Most kernels want one width for queries, keys and values; zeros change neither scores nor outputs.
+            width = max(self.head_dim, self.v_head_dim)
+            query, key, value = (nn.functional.pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
+
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        output = output.reshape(*rows, len(self.groups), -1)[..., : self.v_head_dim]
+        return self.o_proj(output.reshape(*rows, -1)), weights
+
+
+class IntraSliceMLP(nn.Module):
+    """`down(act(gate(x)) * up(x))`, or `down(act(up(x)))` in families without a gate."""
+
+    def __init__(self, config: IntraSliceConfig, layer_idx: int) -> None:
+        super().__init__()
+        model = config.intraslice
+        inner, bias = model["layers"][layer_idx]["intermediate_size"], model["mlp_bias"]
+        self.gate_proj = nn.Linear(config.hidden_size, inner, bias=bias) if model["gated_mlp"] else None
+        self.up_proj = nn.Linear(config.hidden_size, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, config.hidden_size, bias=bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.gate_proj is None:
+            return self.down_proj(self.act_fn(self.up_proj(x)))
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class IntraSliceDecoderLayer(GradientCheckpointingLayer):
+    """Attention and MLP, one after the other or (Phi-1/1.5/2) side by side behind one norm."""
+
+    def __init__(self, config: IntraSliceConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.input_layernorm = build_norm(config)
+        self.self_attn = IntraSliceAttention(config, layer_idx)
+        self.post_attention_layernorm = None if config.intraslice["parallel_block"] else build_norm(config)
+        self.mlp = IntraSliceMLP(config, layer_idx)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        normed = self.input_layernorm(hidden_states)
+        attended, _ = self.self_attn(normed, **kwargs)
+        hidden_states = hidden_states + attended
+        if self.post_attention_layernorm is not None:
+            normed = self.post_attention_layernorm(hidden_states)
+        return hidden_states + self.mlp(normed)
+
+
+class IntraSlicePreTrainedModel(PreTrainedModel):
+    """What both models share."""
+
+    config: IntraSliceConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["IntraSliceDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": IntraSliceDecoderLayer, "attentions": IntraSliceAttention}  # noqa: RUF012
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, IntraSliceAttention):
+            module.reset_indices()
+
+
+class IntraSliceModel(IntraSlicePreTrainedModel):
+    """Token ids to hidden states."""
+
+    def __init__(self, config: IntraSliceConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([IntraSliceDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = build_norm(config)
+        self.rotary_emb = IntraSliceRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        hidden_states: torch.Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None] + seen
+
+        layer_types = self.config.layer_types
+        masks: Any = attention_mask
+        if not isinstance(masks, dict):  # generate() may have made them
+            makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+            masks = {
+                kind: makers[kind](
+                    config=self.config,
+                    inputs_embeds=hidden_states,
+                    attention_mask=attention_mask,
+                    past_key_values=past_key_values,
+                    position_ids=position_ids,
+                )
+                for kind in sorted(set(layer_types))
+            }
+
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        for layer, kind in zip(self.layers, layer_types, strict=True):
+            hidden_states = layer(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=masks[kind],
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values if use_cache else None,
+        )
+
+
+class IntraSliceForCausalLM(IntraSlicePreTrainedModel, GenerationMixin):
+    """Token ids to next-token logits."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: IntraSliceConfig) -> None:
+        super().__init__(config)
+        self.model = IntraSliceModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.intraslice["lm_head_bias"])
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:  # pyright: ignore
+        """Starts the cache anew where `longrope` changes from the short to the long frequencies.
+
+        Cached keys were rotated with the frequencies of their time; behind the original context they no longer fit.
+        """
+        rope, cache, mask = self.config.rope_parameters, kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        if rope["rope_type"] == "longrope" and cache is not None:
+            limit, cached = rope["original_max_position_embeddings"], cache.get_seq_length()
+            length = input_ids.shape[1] if mask is None else int(mask.sum(-1).max())
+            if cached and length - (input_ids.shape[1] - cached) <= limit < length:
+                kwargs["past_key_values"] = None
+                if "next_sequence_length" in kwargs:
+                    kwargs["next_sequence_length"] = None  # all tokens again, not the last one only
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)  # pyright: ignore
+
+
+__all__ = ["IntraSliceConfig", "IntraSliceForCausalLM", "IntraSliceModel", "IntraSlicePreTrainedModel"]
