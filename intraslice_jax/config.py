@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from intraslice_jax.errors import InputError
 
@@ -227,17 +227,34 @@ class PruneConfig:
 
     Attributes:
         sparsity: fraction of the attention and MLP parameters of the decoder layers to remove, in [0, 1).
-        ratios: which estimator spreads it over layers and modules.
+        method: the pruning method, a name of `intraslice_jax.prune.methods`.
+        ratios: what spreads it over layers and modules: `uniform`, `fisher`, `fisher_pca`, `fisher_components`, or a
+            JSON or YAML file with the lists `attention` and `mlp` (then the file says how much is removed, too).
+        max_ratio: the most that a layer's attention or MLP may lose.
+        kind_bias: the ratio of all attentions divided by the ratio of all MLPs.
+        gradient_group: calibration sequences whose gradients are summed before they are squared.
+        grouping: `ragged` drops query heads one by one, `uniform` leaves all KV heads of a layer equally many
+            (stock loaders and tensor parallelism need that).
         align: MLP widths are multiples of this.
         damping: added to the diagonal of a Gram matrix, times its mean diagonal.
+        iterative: learned mixtures of MLP channels: `never`, `always`, or `auto` for MLPs that keep few channels.
+        output_biases: give the o- and down-projections biases where the family has none, for methods that fill
+            them (intraslice, flap, obs).
         batch_size: calibration windows per step, 0 to choose it from `memory_budget`.
         memory_budget: bytes that one step's activations may take when `batch_size` is 0.
     """
 
     sparsity: float = 0.3
+    method: str = "intraslice"
     ratios: str = "uniform"
+    max_ratio: float = 0.9
+    kind_bias: float = 1.0
+    gradient_group: int = 8
+    grouping: Literal["ragged", "uniform"] = "ragged"
     align: int = 8
     damping: float = 0.01
+    iterative: Literal["never", "auto", "always"] = "auto"
+    output_biases: bool = False
     batch_size: int = 0
     memory_budget: int = 512 * 2**20
 
@@ -246,5 +263,13 @@ class PruneConfig:
             raise InputError(f"sparsity must be in [0, 1), found {self.sparsity}; 0.3 removes 30 %")
         if self.align < 1:
             raise InputError(f"align must be at least 1, found {self.align}")
+        if not 0 < self.max_ratio <= 1:
+            raise InputError(f"max_ratio must be above 0 and at most 1, found {self.max_ratio}")
+        if not 0 <= self.kind_bias < float("inf"):
+            raise InputError(f"kind_bias must be 0 or more, found {self.kind_bias}; 1.0 treats both kinds alike")
+        if self.gradient_group < 1:
+            raise InputError(f"gradient_group must be at least 1, found {self.gradient_group}")
+        if self.grouping not in ("ragged", "uniform"):
+            raise InputError(f"grouping must be ragged or uniform, found {self.grouping!r}")
         if self.batch_size < 0:
             raise InputError(f"batch_size must be 0 (automatic) or more, found {self.batch_size}")

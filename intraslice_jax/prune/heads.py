@@ -1,0 +1,95 @@
+"""Which query heads stay, where the grouping or the budget allows only some choices (docs/method.md section 2.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Int
+
+from intraslice_jax.prune.attention import HeadEnergies, plan_heads
+
+Grouping = Literal["ragged", "uniform"]
+
+
+def choose_heads(
+    energies: HeadEnergies,
+    kept_channels: int,
+    query_to_kv: Sequence[int],
+    grouping: Grouping,
+    cost: Callable[[np.ndarray, int], int],
+    allowed: tuple[int, int],
+) -> tuple[Int[np.ndarray, " kept"], int]:
+    """Heads and their common even width: the usual plan if its cost is allowed, else the best one that is.
+
+    Args:
+        energies: of the layer's heads.
+        kept_channels: budget of o-projection input channels.
+        query_to_kv: the KV head of each query head.
+        grouping: `ragged` drops query heads one by one, `uniform` leaves every kept KV head equally many.
+        cost: parameters of an attention with these heads of this width.
+        allowed: the least and the greatest cost (`Ledger.attention_range`). If no plan lies between them, the
+            nearest is taken.
+
+    Returns:
+        Ascending head indices and the width.
+    """
+    if grouping == "uniform":
+        heads, width = plan_grouped_heads(energies, kept_channels, query_to_kv)
+    else:
+        heads, width = plan_heads(energies, kept_channels)
+    low, high = allowed
+    if low <= cost(heads, width) <= high:
+        return heads, width
+
+    def rating(plan: tuple[np.ndarray, int]) -> tuple[int, float]:
+        parameters = cost(*plan)
+        return max(low - parameters, parameters - high, 0), -float(energies.of(*plan).sum())
+
+    full = energies.channel_scores.shape[1]
+    candidates = _grouped(energies, query_to_kv) if grouping == "uniform" else _nested(energies)
+    widths = [*range(2, full, 2), full]
+    return min(((heads, width) for heads in candidates for width in widths), key=rating)
+
+
+def plan_grouped_heads(
+    energies: HeadEnergies, kept_channels: int, query_to_kv: Sequence[int]
+) -> tuple[Int[np.ndarray, " kept"], int]:
+    """`plan_heads` for equally many query heads per kept KV head.
+
+    Of all numbers of KV heads and of query heads in each, the pair with the greatest energy at the width that the
+    budget gives it. As in the ragged plan a head is not made narrower than 3/4, unless it is the only one.
+
+    Returns:
+        Ascending head indices and the even width.
+    """
+    full = energies.channel_scores.shape[1]
+    kept_channels = max(2, min(kept_channels, energies.channel_scores.size))
+
+    def rating(heads: np.ndarray) -> tuple[bool, float, float]:
+        width = min(kept_channels // len(heads), full)
+        wide = width >= 0.75 * full
+        return wide, 0.0 if wide else -len(heads), float(energies.of(heads, width).sum())
+
+    best = max(_grouped(energies, query_to_kv), key=rating)
+    return best, max(2, min(2 * round(kept_channels / len(best) / 2), full))
+
+
+def _nested(energies: HeadEnergies) -> Iterator[np.ndarray]:
+    """The n heads of the greatest energy, for every n."""
+    every = np.arange(len(energies.total))
+    order = np.argsort(-energies.total, kind="stable")
+    return (np.sort(every[order[:n]]) for n in range(1, len(order) + 1))
+
+
+def _grouped(energies: HeadEnergies, query_to_kv: Sequence[int]) -> Iterator[np.ndarray]:
+    """The best m heads of each of the best n KV heads that have so many, for every m and n."""
+    to_kv = np.asarray(query_to_kv)
+    groups = [np.flatnonzero(to_kv == kv) for kv in np.unique(to_kv)]
+    groups = [group[np.argsort(-energies.total[group], kind="stable")] for group in groups]
+    for size in range(1, max(map(len, groups)) + 1):
+        best = [group[:size] for group in groups if len(group) >= size]
+        best.sort(key=lambda group: -energies.total[group].sum())
+        for count in range(1, len(best) + 1):
+            yield np.sort(np.concatenate(best[:count]))
