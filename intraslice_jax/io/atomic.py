@@ -17,8 +17,9 @@ def check_output(path: str | Path, overwrite: bool) -> Path:
     path = Path(path)
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists already; choose another output or pass --overwrite")
-    if path.is_file():
-        raise InputError(f"{path} is a file; the output must be a folder")
+    for part in (path, *path.parents):
+        if part.is_file():
+            raise InputError(f"{part} is a file; the output must be a folder")
     return path
 
 
@@ -38,9 +39,14 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     try:
         yield work
         old = work.with_suffix(".old")
-        if path.exists():
-            os.rename(path, old)
-        os.rename(work, path)
+        try:
+            if path.exists():
+                os.rename(path, old)
+            os.rename(work, path)
+        except BaseException:
+            if old.exists() and not path.exists():
+                os.rename(old, path)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -5,6 +5,7 @@ A checkpoint is a folder:
     config.json        format and version, the ModelConfig, the model's name and generation settings
     report.json        what the pruning run recorded, {} for an unpruned model
     state/             Orbax: a flat dictionary from dotted path to array
+    SHA256SUMS         digests of the files in state/
     tokenizer*         as transformers saves them
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from transformers import AutoTokenizer
 from intraslice_jax.config import ModelConfig
 from intraslice_jax.errors import InputError
 from intraslice_jax.io.atomic import atomic_folder
+from intraslice_jax.io.digests import check_digests, write_digests
 from intraslice_jax.model import LanguageModel
 from intraslice_jax.models.decoder import abstract_arrays, decoder_from_arrays, decoder_to_arrays
 
@@ -58,6 +61,7 @@ def save(model: LanguageModel, path: str | Path, overwrite: bool = False) -> Pat
         write_json(folder / "report.json", model.report)
         metadata = {"description": description, "report": json.loads(json.dumps(model.report))}
         ocp.save(str((folder / "state").absolute()), arrays, custom_metadata=metadata)
+        write_digests(folder, "state")
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(folder)
     return Path(path)
@@ -73,24 +77,28 @@ def restore(path: str | Path) -> LanguageModel:
     if not is_checkpoint(path):
         raise InputError(f"{path} is not a checkpoint of this program (no config.json with format {FORMAT!r})")
     description = json.loads((path / "config.json").read_text())
-    if description["format_version"] != VERSION:
+    if description.get("format_version") != VERSION:
         raise InputError(
-            f"{path} has checkpoint version {description['format_version']}, this program reads {VERSION}; "
+            f"{path} has checkpoint version {description.get('format_version')}, this program reads {VERSION}; "
             "use the version of the program that wrote it"
         )
-    config = ModelConfig.from_json(description["model"])
-    abstract = abstract_arrays(config, description["dtype"])
+    check_digests(path)
     try:
-        arrays = ocp.load(str((path / "state").absolute()), _on_default_device(abstract))
+        config = ModelConfig.from_json(description["model"])
+        abstract = abstract_arrays(config, description["dtype"])
+        state = str((path / "state").absolute())
+        _check_shapes(abstract, ocp.metadata(state).metadata)
+        arrays = ocp.load(state, _on_default_device(abstract))
         report = json.loads((path / "report.json").read_text())
+        name, generation_config = description["name"], description["generation_config"]
     except Exception as error:  # Orbax raises many kinds for a damaged file.
         raise InputError(f"{path} is damaged: {_first_line(error)}; write the checkpoint again") from error
     return LanguageModel(
         config=config,
         decoder=decoder_from_arrays(config, arrays),
         tokenizer=_tokenizer(path),
-        name=description["name"],
-        generation_config=description["generation_config"],
+        name=name,
+        generation_config=generation_config,
         report=report,
     )
 
@@ -104,6 +112,14 @@ def versions() -> dict[str, str]:
 def write_json(path: Path, data: Any) -> None:
     """Writes indented JSON with a final newline."""
     path.write_text(json.dumps(data, indent=2) + "\n")
+
+
+def _check_shapes(expected: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+    """Raises InputError for the first array that differs: Orbax would say so in a hundred lines."""
+    for name in sorted(expected.keys() | stored.keys()):
+        want, found = (tuple(arrays[name].shape) if name in arrays else None for arrays in (expected, stored))
+        if want != found:
+            raise InputError(f"config.json describes {name} with shape {want}, state/ holds {found}")
 
 
 def _on_default_device(abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
@@ -121,4 +137,5 @@ def _tokenizer(path: Path):
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    prefix = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+    return (prefix + str(error).strip()).splitlines()[0][:200]
