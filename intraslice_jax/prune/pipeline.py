@@ -17,10 +17,11 @@ from intraslice_jax.config import LayerShape, ModelConfig, PruneConfig
 from intraslice_jax.errors import InputError
 from intraslice_jax.model import LanguageModel
 from intraslice_jax.models.decoder import block_from_arrays, decoder_from_arrays, decoder_to_arrays
+from intraslice_jax.prune.biases import with_output_biases
 from intraslice_jax.prune.budget import LayerRatios, Ledger, uniform_ratios
 from intraslice_jax.prune.calibration import AttentionCalibration, MLPCalibration, ResidualStream
-from intraslice_jax.prune.intraslice import IntraSlice
 from intraslice_jax.prune.method import PruningMethod
+from intraslice_jax.prune.methods import create_method
 
 
 @dataclass(frozen=True)
@@ -62,21 +63,26 @@ def prune_model(
         RunError: an activation or a second moment is not finite.
     """
     started = time.monotonic()
+    method = create_method(config.method)
     _check_windows(model, windows)
+    dense = model.config
+    if config.output_biases:
+        model = with_output_biases(model)
     ratios = uniform_ratios(model.config, config.sparsity)
     with jax.default_matmul_precision("highest"):
         stream = ResidualStream.start(model, windows, _batch_size(model.config, windows.shape, config))
-        blocks, records = _prune_layers(model, stream, IntraSlice(), ratios, config, on_layer)
+        blocks, records = _prune_layers(model, stream, method, ratios, config, on_layer)
     arrays = {k: v for k, v in decoder_to_arrays(model.decoder).items() if not k.startswith("layers.")}
     for i, block in enumerate(blocks):
         arrays |= {f"layers.{i}.{name}": array for name, array in block.arrays.items()}
     pruned = model.config.with_layers(tuple(block.shape for block in blocks))
     report = {
         "sparsity": config.sparsity,
-        "removed_block_fraction": 1 - pruned.block_parameters() / model.config.block_parameters(),
-        "removed_model_fraction": 1 - pruned.total_parameters() / model.config.total_parameters(),
-        "block_parameters": {"dense": model.config.block_parameters(), "pruned": pruned.block_parameters()},
-        "total_parameters": {"dense": model.config.total_parameters(), "pruned": pruned.total_parameters()},
+        "method": config.method,
+        "removed_block_fraction": 1 - pruned.block_parameters() / dense.block_parameters(),
+        "removed_model_fraction": 1 - pruned.total_parameters() / dense.total_parameters(),
+        "block_parameters": {"dense": dense.block_parameters(), "pruned": pruned.block_parameters()},
+        "total_parameters": {"dense": dense.total_parameters(), "pruned": pruned.total_parameters()},
         "distinct_layer_shapes": pruned.distinct_shapes(),
         "calibration_samples": windows.shape[0],
         "calibration_sequence_length": windows.shape[1],
