@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
@@ -18,7 +19,7 @@ from intraslice_jax.models.finite import first_bad_layer
 from intraslice_jax.models.head import token_nll
 from intraslice_jax.models.precision import exact_float32
 
-_MEMORY_BUDGET = 512 * 2**20
+_MEMORY_BUDGET, _CPU_MEMORY_BUDGET = 2**30, 128 * 2**20  # larger steps do not make a CPU faster
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,10 @@ def perplexity(
     )
 
 
-def automatic_batch(config: ModelConfig, length: int, memory_budget: int = _MEMORY_BUDGET) -> int:
+def automatic_batch(config: ModelConfig, length: int, memory_budget: int | None = None) -> int:
     """How many windows one step takes for its activations to fit the budget in bytes, at least 1."""
+    if memory_budget is None:
+        memory_budget = _CPU_MEMORY_BUDGET if jax.default_backend() == "cpu" else _MEMORY_BUDGET
     widest = max(3 * layer.intermediate_size for layer in config.layers)
     # Two copies of the scores of one query chunk, as `attend_causally` cuts them.
     scores = max(2 * layer.num_attention_heads for layer in config.layers) * max(128, length // 8)
