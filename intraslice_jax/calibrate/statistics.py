@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from intraslice_jax.models.attention import attend_causally
 from intraslice_jax.models.decoder import Block
+from intraslice_jax.models.mlp import inner_activations
 from intraslice_jax.models.rope import RopeTable
 
 Moments = TypeVar("Moments")
@@ -48,6 +49,18 @@ class GramMoments(NamedTuple):
     total: Float[Array, " channels"]
 
 
+def empty_map_moments(inputs: int, targets: int) -> MapMoments:
+    """An empty accumulator for a regression."""
+    return zeros_like_moments(
+        MapMoments,
+        gram=(inputs, inputs),
+        cross=(inputs, targets),
+        target_gram=(targets, targets),
+        input_sum=(inputs,),
+        target_sum=(targets,),
+    )
+
+
 def zeros_like_moments(kind: Callable[..., Moments], **shapes: tuple[int, ...]) -> Moments:
     """An empty accumulator."""
     return kind(**{name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()})
@@ -60,6 +73,16 @@ def _product(spec: str, a: Array, b: Array) -> Array:
 def _flat(y: Array) -> Array:
     """[batch, seq, heads, v] to [tokens, heads * v] in float32."""
     return y.reshape(y.shape[0] * y.shape[1], -1).astype(jnp.float32)
+
+
+def _add_pair(moments: MapMoments, inputs: Array, targets: Array) -> MapMoments:
+    return MapMoments(
+        moments.gram + _product("ni,nj->ij", inputs, inputs),
+        moments.cross + _product("ni,nj->ij", inputs, targets),
+        moments.target_gram + _product("ni,nj->ij", targets, targets),
+        moments.input_sum + inputs.sum(0),
+        moments.target_sum + targets.sum(0),
+    )
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -118,14 +141,7 @@ def add_kept_attention(
     kept_k = jnp.take_along_axis(k[:, :, kv], index, -1)
     every = tuple(range(heads.shape[0]))
     kept = attend_causally(kept_q, kept_k, v[:, :, kv], every, attention.scale, attention.sliding_window)
-    kept = _flat(kept)
-    return MapMoments(
-        moments.gram + _product("ni,nj->ij", kept, kept),
-        moments.cross + _product("ni,nj->ij", kept, full),
-        moments.target_gram + _product("ni,nj->ij", full, full),
-        moments.input_sum + kept.sum(0),
-        moments.target_sum + full.sum(0),
-    )
+    return _add_pair(moments, _flat(kept), full)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -141,3 +157,16 @@ def attend_and_add_mlp(
     z = _flat(block.mlp.inner(block.mlp_input(x, after_attention)))
     gram = moments.gram + _product("ni,nj->ij", z, z)
     return GramMoments(gram, moments.total + z.sum(0)), after_attention
+
+
+@functools.partial(jax.jit, static_argnames="hidden_act", donate_argnums=0)
+def add_mlp_map(
+    moments: MapMoments,
+    hidden_act: str,
+    small: dict[str, Array],
+    dense: dict[str, Array],
+    x: Float[Array, "batch seq hidden"],
+) -> MapMoments:
+    """Adds a batch of what an MLP reads: inputs are a small MLP's inner activations, targets the dense one's."""
+    kept, full = (_flat(inner_activations(hidden_act, weights, x)) for weights in (small, dense))
+    return _add_pair(moments, kept, full)

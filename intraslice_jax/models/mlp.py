@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -47,20 +49,27 @@ class MLP(nnx.Module):
 
     def inner(self, x: Float[Array, "batch seq hidden"]) -> Float[Array, "batch seq inner"]:
         """The input of the down-projection: z in docs/method.md (paper section 3.3)."""
-        act = ACTIVATIONS[self.hidden_act]
-        up = _linear(x, self.up_proj, self.up_bias)
-        if self.gate_proj is None:
-            return act(up)
-        return act(_linear(x, self.gate_proj, self.gate_bias)) * up
+        names = ("gate_proj", "up_proj", "gate_bias", "up_bias")
+        weights = {name: getattr(self, name) for name in names}
+        return inner_activations(self.hidden_act, {k: v[...] for k, v in weights.items() if v is not None}, x)
 
     def output(self, z: Float[Array, "batch seq inner"]) -> Float[Array, "batch seq hidden"]:
         """The down-projection."""
-        return _linear(z, self.down_proj, self.down_bias)
+        y = jnp.einsum("btf,fd->btd", z, self.down_proj[...])
+        return y if self.down_bias is None else y + self.down_bias[...][None, None]
 
     def __call__(self, x: Float[Array, "batch seq hidden"]) -> Float[Array, "batch seq hidden"]:
         return self.output(self.inner(x))
 
 
-def _linear(x: Array, kernel: nnx.Param, bias: nnx.Param | None) -> Array:
-    y = jnp.einsum("btd,df->btf", x, kernel[...])
-    return y if bias is None else y + bias[...][None, None]
+def inner_activations(
+    hidden_act: str, weights: Mapping[str, Array], x: Float[Array, "batch seq hidden"]
+) -> Float[Array, "batch seq inner"]:
+    """act(x W_gate) * (x W_up), or act(x W_up) where there is no `gate_proj` among the weights."""
+    act = ACTIVATIONS[hidden_act]
+
+    def project(name: str) -> Array:
+        y = jnp.einsum("btd,df->btf", x, weights[f"{name}_proj"])
+        return y + weights[f"{name}_bias"][None, None] if f"{name}_bias" in weights else y
+
+    return act(project("gate")) * project("up") if "gate_proj" in weights else act(project("up"))

@@ -11,7 +11,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from intraslice_jax.calibrate import statistics
-from intraslice_jax.calibrate.statistics import AttentionMoments, GramMoments, MapMoments, zeros_like_moments
+from intraslice_jax.calibrate.statistics import (
+    AttentionMoments,
+    GramMoments,
+    MapMoments,
+    empty_map_moments,
+    zeros_like_moments,
+)
 from intraslice_jax.config import LayerShape, ModelConfig, PruneConfig
 from intraslice_jax.errors import RunError
 from intraslice_jax.model import LanguageModel
@@ -86,14 +92,7 @@ class AttentionCalibration:
         """
         v = self.shape.v_head_dim
         inputs, targets = len(heads) * v, self.shape.num_attention_heads * v
-        moments = zeros_like_moments(
-            MapMoments,
-            gram=(inputs, inputs),
-            cross=(inputs, targets),
-            target_gram=(targets, targets),
-            input_sum=(inputs,),
-            target_sum=(targets,),
-        )
+        moments = empty_map_moments(inputs, targets)
         index, per_head = jnp.asarray(heads), jnp.asarray(channels)
         for x in self.stream.batches:
             moments = statistics.add_kept_attention(moments, self.block, x, self.stream.rope, index, per_head)

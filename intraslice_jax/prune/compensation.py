@@ -56,7 +56,10 @@ def relative_error(
     output: Float[Array, "targets hidden"],
     sums: Sums | None = None,
 ) -> float:
-    """||(inputs A + offset - targets) W||^2 / ||targets W||^2 over the calibration tokens, for a projection W."""
+    """||(inputs A + offset - targets) W||^2 / ||targets W||^2 over tokens, for a projection W.
+
+    The moments need not be those that the map was fitted on.
+    """
     mapped = fit.weights @ output
     error = (
         jnp.sum(output * (target_gram @ output))
@@ -64,6 +67,6 @@ def relative_error(
         + jnp.sum(mapped * (gram @ mapped))
     )
     if sums is not None and fit.offset is not None:
-        # The offset is the mean residual, which centring removes: subtract its energy.
-        error -= sums.tokens * jnp.sum(jnp.square(fit.offset @ output))
+        offset, drift = fit.offset @ output, (sums.inputs @ fit.weights - sums.targets) @ output
+        error += jnp.sum(offset * (2 * drift + sums.tokens * offset))
     return float(jnp.maximum(error, 0) / jnp.maximum(jnp.sum(output * (target_gram @ output)), 1e-30))

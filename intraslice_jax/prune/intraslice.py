@@ -8,9 +8,14 @@ import numpy as np
 
 from intraslice_jax.prune.attention import AttentionPlan, HeadEnergies, fuse_attention, plan_heads, select_pairs
 from intraslice_jax.prune.calibration import AttentionCalibration, MLPCalibration
+from intraslice_jax.prune.iterative import IterativeSettings
 from intraslice_jax.prune.linalg import solver_precision
 from intraslice_jax.prune.method import PrunedAttention, PrunedMLP
+from intraslice_jax.prune.mixtures import better_mlp
 from intraslice_jax.prune.mlp import fuse_mlp
+
+AUTO_SHARE = 0.4
+"""Under this share of kept channels `iterative: auto` tries learned mixtures (docs/method.md 3.3)."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,15 @@ class IntraSlice:
             return fuse_attention(arrays, shape, plan, channels, kept, layer.tokens, layer.config.damping)
 
     def prune_mlp(self, layer: MLPCalibration, keep: int) -> PrunedMLP:
-        """Channel selection and compensation."""
+        """Channel selection and compensation, or learned mixtures where they are wanted and better."""
         with solver_precision():
-            return fuse_mlp(layer.arrays, layer.moments, layer.tokens, keep, layer.config.damping)
+            plain = fuse_mlp(layer.arrays, layer.moments, layer.tokens, keep, layer.config.damping)
+        if not self._wants_mixtures(layer, keep):
+            return plain
+        return better_mlp(layer, plain, keep, IterativeSettings())
+
+    def _wants_mixtures(self, layer: MLPCalibration, keep: int) -> bool:
+        full = layer.arrays["up_proj"].shape[-1]
+        inside = 2 <= layer.index < layer.num_layers - 2
+        wanted = {"never": False, "auto": keep < AUTO_SHARE * full, "always": keep < full}
+        return inside and wanted[layer.config.iterative]

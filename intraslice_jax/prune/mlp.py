@@ -8,18 +8,25 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from intraslice_jax.calibrate.statistics import GramMoments
-from intraslice_jax.prune.compensation import Sums, relative_error, ridge
+from intraslice_jax.calibrate.statistics import GramMoments, MapMoments
+from intraslice_jax.prune.compensation import Compensation, Sums, relative_error, ridge
 from intraslice_jax.prune.linalg import to_solver
 from intraslice_jax.prune.method import PrunedMLP
+
+
+def rank_channels(
+    gram: Float[Array, "inner inner"], down_proj: Float[Array, "inner hidden"]
+) -> Int[np.ndarray, " inner"]:
+    """Channels by falling ||W_d[j]||^2 H_jj (docs/method.md 3.1)."""
+    scores = np.asarray(jnp.diagonal(gram) * jnp.square(down_proj).sum(-1))
+    return np.argsort(-scores, kind="stable")
 
 
 def select_channels(
     gram: Float[Array, "inner inner"], down_proj: Float[Array, "inner hidden"], keep: int
 ) -> Int[np.ndarray, " keep"]:
-    """The channels with the largest ||W_d[j]||^2 H_jj, ascending (docs/method.md 3.1)."""
-    scores = np.asarray(jnp.diagonal(gram) * jnp.square(down_proj).sum(-1))
-    return np.sort(np.argsort(-scores, kind="stable")[:keep])
+    """The `keep` best channels, ascending."""
+    return np.sort(rank_channels(gram, down_proj)[:keep])
 
 
 def fuse_mlp(arrays: Mapping[str, Array], moments: GramMoments, tokens: int, keep: int, damping: float) -> PrunedMLP:
@@ -47,3 +54,41 @@ def fuse_mlp(arrays: Mapping[str, Array], moments: GramMoments, tokens: int, kee
         new["down_bias"] = to_solver(arrays["down_bias"]) + offset @ down
     error = relative_error(fit, inputs, cross, gram, down, sums)
     return PrunedMLP(new, error, {"solver": fit.method})
+
+
+def fuse_inner(
+    arrays: Mapping[str, Array], inner: Mapping[str, Array], moments: MapMoments, tokens: int, damping: float
+) -> PrunedMLP:
+    """A small MLP of any inner weights, its down-projection regressed on the dense inner activations.
+
+    Args:
+        arrays: the dense module's weights by name.
+        inner: the small module's, all but the down-projection.
+        moments: the small module's inner activations against the dense ones.
+        tokens: how many tokens the moments sum over.
+        damping: relative ridge damping.
+    """
+    fit = fit_inner(arrays, moments, tokens, damping)
+    down = to_solver(arrays["down_proj"])
+    new = {**inner, "down_proj": fit.weights @ down}
+    if fit.offset is not None:
+        new["down_bias"] = to_solver(arrays["down_bias"]) + fit.offset @ down
+    return PrunedMLP(new, inner_error(arrays, fit, moments, tokens), {"solver": fit.method})
+
+
+def fit_inner(arrays: Mapping[str, Array], moments: MapMoments, tokens: int, damping: float) -> Compensation:
+    """The ridge map of small onto dense inner activations, affine where the module has an output bias."""
+    return ridge(to_solver(moments.gram), to_solver(moments.cross), damping, _sums(arrays, moments, tokens))
+
+
+def inner_error(arrays: Mapping[str, Array], fit: Compensation, moments: MapMoments, tokens: int) -> float:
+    """Relative squared error of the module's output under a fitted map, on the tokens of the moments."""
+    gram, cross, target = (to_solver(m) for m in (moments.gram, moments.cross, moments.target_gram))
+    sums = _sums(arrays, moments, tokens)
+    return relative_error(fit, gram, cross, target, to_solver(arrays["down_proj"]), sums)
+
+
+def _sums(arrays: Mapping[str, Array], moments: MapMoments, tokens: int) -> Sums | None:
+    if "down_bias" not in arrays:
+        return None
+    return Sums(to_solver(moments.input_sum), to_solver(moments.target_sum), tokens)
