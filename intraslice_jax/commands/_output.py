@@ -53,9 +53,9 @@ def write_json(path: Path, facts: dict[str, Any]) -> None:
         raise
 
 
-def number(value: float) -> str:
+def number(value: int) -> str:
     """1234567 as 1,234,567."""
-    return f"{value:,.0f}"
+    return f"{value:,}"
 
 
 def percent(fraction: float) -> str:

@@ -1,0 +1,341 @@
+"""The command line through its own entry point: what it writes, and how it refuses bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import intraslice_jax as isl
+from intraslice_jax.cli import find_commands, main
+from tests.conftest import ROOT
+from tests.tiny import tiny_config, tiny_text, tiny_weights, write_json, write_tiny_llama
+
+SMALL = ("--samples", "4", "--sequence-length", "64", "--align", "2")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A tiny model folder and a text file."""
+    folder = tmp_path_factory.mktemp("source")
+    write_tiny_llama(folder / "model")
+    (folder / "text.txt").write_text(tiny_text())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(source):
+    """The tiny model, pruned by the command."""
+    out = source / "pruned"
+    assert main(["prune", str(source / "model"), "-o", str(out), *calibrated(source), "--sparsity", "0.25"]) == 0
+    return out
+
+
+def calibrated(source):
+    return ["--calibration", str(source / "text.txt"), *SMALL]
+
+
+@pytest.fixture
+def refuse(capsys, tmp_path):
+    """Runs a command that must fail with one line and leave nothing at tmp_path / "out"."""
+
+    def refuse(*args, code=2, says=()):
+        before = sorted(tmp_path.rglob("*"))
+        assert main([str(arg) for arg in args]) == code
+        said = capsys.readouterr().err
+        line = said.strip()
+        assert line.startswith("intraslice")
+        assert "\n" not in line
+        assert "Traceback" not in line
+        for part in (says,) if isinstance(says, str) else says:
+            assert part in line
+        assert sorted(tmp_path.rglob("*")) == before
+        return line
+
+    return refuse
+
+
+# What the commands do
+
+
+def test_prune_writes_a_smaller_model_that_is_read_back(checkpoint, source):
+    report = json.loads((checkpoint / "report.json").read_text())
+    dense, pruned = isl.load(source / "model"), isl.load(checkpoint)
+    removed = 1 - pruned.config.block_parameters() / dense.config.block_parameters()
+    assert report["removed_block_fraction"] == pytest.approx(removed)
+    assert removed == pytest.approx(0.25, abs=0.1)  # widths of a tiny model are coarse
+    assert [layer["layer"] for layer in report["layers"]] == [0, 1]
+    assert report["settings"]["prune"]["sparsity"] == 0.25
+    assert report["settings"]["calibrate"]["samples"] == 4
+    assert report["calibration"]["text_tokens"] == len(tiny_text())
+    assert report["peak_rss_bytes"] > 0
+    assert report["seconds"] > 0
+
+
+def test_progress_is_one_line_per_layer_where_there_is_no_terminal(source, tmp_path, capsys):
+    assert main(["prune", str(source / "model"), "-o", str(tmp_path / "out"), *calibrated(source)]) == 0
+    said = capsys.readouterr()
+    lines = said.err.splitlines()
+    assert [line.split("]")[0] for line in lines] == ["[1/2", "[2/2"]
+    assert "heads" in lines[0]
+    assert "left" in lines[0]
+    assert "block parameters" in said.out
+
+
+def test_the_settings_of_a_run_are_a_config_for_the_next(checkpoint, source, tmp_path, capsys):
+    settings = json.loads((checkpoint / "report.json").read_text())["settings"]
+    settings["output"] = str(tmp_path / "again")
+    write_json(tmp_path / "settings.yaml", settings)  # JSON is YAML
+    assert main(["prune", "--config", str(tmp_path / "settings.yaml")]) == 0
+    first, second = (isl.load(path) for path in (checkpoint, tmp_path / "again"))
+    assert first.config == second.config
+
+
+def test_the_command_line_is_stronger_than_the_file(source, tmp_path):
+    (tmp_path / "c.yaml").write_text("sparsity: 0.5\nsamples: 3\nsequence_length: 32\n")
+    out = tmp_path / "out"
+    text = ["--calibration", str(source / "text.txt")]
+    assert (
+        main(
+            [
+                "prune",
+                str(source / "model"),
+                f"--output={out}",
+                "--config",
+                str(tmp_path / "c.yaml"),
+                *text,
+                "--samples",
+                "2",
+            ]
+        )
+        == 0
+    )
+    settings = json.loads((out / "report.json").read_text())["settings"]
+    assert settings["prune"]["sparsity"] == 0.5
+    assert settings["calibrate"]["samples"] == 2
+    assert settings["calibrate"]["sequence_length"] == 32
+
+
+def test_calibration_files_may_be_listed_or_repeated(source, tmp_path):
+    (tmp_path / "more.txt").write_text(tiny_text(200, seed=1))
+    files = [str(source / "text.txt"), str(tmp_path / "more.txt")]
+    tokens = []
+    for i, given in enumerate((files, [files[0], "--calibration", files[1]])):
+        out = tmp_path / f"out{i}"
+        assert main(["prune", str(source / "model"), "--calibration", *given, "-o", str(out), *SMALL]) == 0
+        tokens.append(json.loads((out / "report.json").read_text())["calibration"]["text_tokens"])
+    assert tokens == [len(tiny_text()) + 2 + 200] * 2
+
+
+@pytest.mark.parametrize("which", ["model", "pruned"])
+def test_eval_prints_and_writes_the_perplexity(checkpoint, source, tmp_path, capsys, which):
+    out = tmp_path / "eval.json"
+    args = ["--text", str(source / "text.txt"), "--sequence-length", "64", "--windows", "3", "--output", str(out)]
+    assert main(["eval", str(source / which), *args]) == 0
+    facts = json.loads(out.read_text())
+    assert facts["perplexity"] > 1
+    assert facts["evaluated_tokens"] == 3 * 63
+    assert facts["sequence_length"] == 64
+    assert len(facts["text_sha256"]) == 64
+    assert f"{facts['perplexity']:.4f}" in capsys.readouterr().out
+    expected = isl.perplexity(isl.load(source / which), tiny_text(), 64, windows=3)
+    assert facts["perplexity"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_export_and_convert_write_models_with_the_same_perplexity(checkpoint, source, tmp_path, capsys):
+    out, again = tmp_path / "hf", tmp_path / "orbax"
+    assert main(["export", str(checkpoint), str(out)]) == 0
+    assert json.loads((out / "export.json").read_text())["weight_bytes"] > 0
+    assert main(["convert", str(out), str(again)]) == 0
+    models = [isl.load(path) for path in (checkpoint, out, again)]
+    values = [isl.perplexity(model, tiny_text(500), 64) for model in models]
+    assert values[1:] == pytest.approx([values[0]] * 2, rel=1e-6)
+
+
+def test_generate_continues_the_prompt(checkpoint, tmp_path, capsys):
+    out = tmp_path / "g.json"
+    assert main(["generate", str(checkpoint), "the river", "--max-new-tokens", "5", "--output", str(out)]) == 0
+    facts = json.loads(out.read_text())
+    assert capsys.readouterr().out == "the river" + facts["continuation"] + "\n"
+
+
+def test_overwrite_replaces_the_output(checkpoint, source, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").touch()
+    assert main(["convert", str(source / "model"), str(out), "--overwrite", "--dtype", "bfloat16"]) == 0
+    assert not (out / "old").exists()
+    assert isl.load(out).decoder.embed_tokens[...].dtype == "bfloat16"
+
+
+# Bad input
+
+
+def test_every_command_has_help(capsys):
+    for name in find_commands():
+        with pytest.raises(SystemExit) as stop:
+            main([name, "--help"])
+        assert stop.value.code == 0
+        assert "--overwrite" in capsys.readouterr().out
+
+
+def test_help_is_instant():
+    """No heavy import: jax, flax and transformers each take longer than the whole command may."""
+    code = "import sys; from intraslice_jax.cli import main; main(['prune', '--help'])"
+    check = "; print(*sys.modules)"
+    wrapped = f"import sys\ntry:\n    {code.removeprefix('import sys; ')}\nexcept SystemExit:\n    pass\n{check[2:]}"
+    loaded = subprocess.run([sys.executable, "-c", wrapped], cwd=ROOT, capture_output=True, text=True, check=True)
+    modules = set(loaded.stdout.split())
+    assert "tyro" in modules
+    assert not modules & {"jax", "flax", "transformers", "numpy", "orbax", "datasets"}
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["prune"], "MODEL"),
+        (["prune", "m"], "--output"),
+        (["prnue", "m"], "prune"),
+        ([], "prune"),
+        (["prune", "m", "-o", "x", "--sparsty", "0.3"], "--sparsity"),
+        (["prune", "m", "-o", "x", "--samples", "many"], "--samples"),
+        (["prune", "m", "-o", "x", "--dtype", "float8"], "bfloat16"),
+        (["prune", "m", "-o", "x", "--sparsity", "1"], "sparsity must be in [0, 1), found 1.0"),
+        (["prune", "m", "-o", "x", "--sparsity", "-0.1"], "sparsity must be in [0, 1), found -0.1"),
+        (["prune", "m", "-o", "x", "--sparsity", "nan"], "sparsity must be in [0, 1)"),
+        (["prune", "m", "-o", "x", "--config", "none.yaml"], "none.yaml does not exist"),
+        (["prune", "m", "-o", "x"], "--calibration is missing"),
+        (["prune", "m", "-o", "x", "--calibration", "none.txt"], "none.txt does not exist"),
+        (["eval", "m"], "--text FILE or --dataset NAME"),
+        (["eval", "m", "--text", "none.txt"], "none.txt does not exist"),
+    ],
+)
+def test_wrong_options(refuse, args, says):
+    refuse(*args, says=says)
+
+
+def test_unknown_yaml_key(refuse, source, tmp_path):
+    (tmp_path / "c.yaml").write_text("sampels: 4\n")
+    says = ("unknown key 'sampels'", "did you mean 'samples'?", "c.yaml")
+    refuse("prune", source / "model", "-o", tmp_path / "out", "--config", tmp_path / "c.yaml", says=says)
+
+
+def test_existing_output(refuse, source, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").touch()
+    (tmp_path / "r.json").touch()
+    model, text = source / "model", source / "text.txt"
+    for args in (
+        ["prune", model, "-o", out, *calibrated(source)],
+        ["convert", model, out],
+        ["export", model, out],
+        ["demo", "-o", out],
+        ["eval", model, "--text", text, "-o", tmp_path / "r.json"],
+        ["generate", model, "prompt", "-o", tmp_path / "r.json"],
+    ):
+        refuse(*args, says=("exists already", "--overwrite"))
+
+
+def test_missing_models(refuse, source, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("none.gguf", "none/deep/er", "empty"):
+        path = tmp_path / name
+        refuse("prune", path, "-o", tmp_path / "out", *calibrated(source), says=str(path))
+        refuse("eval", path, "--text", source / "text.txt", says=str(path))
+
+
+def test_unsupported_architecture(refuse, source, tmp_path):
+    model = write_tiny_llama(tmp_path / "m", model_type="gpt2", architectures=["GPT2LMHeadModel"])
+    refuse("prune", model, "-o", tmp_path / "out", *calibrated(source), says=("GPT2LMHeadModel", "LlamaForCausalLM"))
+
+
+def test_truncated_safetensors(refuse, source, tmp_path):
+    model = write_tiny_llama(tmp_path / "m")
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    refuse("prune", model, "-o", tmp_path / "out", *calibrated(source), says="model.safetensors")
+
+
+def test_corrupted_gguf(refuse, source, tmp_path):
+    file = tmp_path / "bad.gguf"
+    file.write_bytes(b"GGUF\x03\x00\x00\x00" + b"\xff" * 200)
+    refuse("prune", file, "-o", tmp_path / "out", *calibrated(source), says="bad.gguf")
+
+
+def test_nan_in_a_weight(refuse, source, tmp_path):
+    weights = tiny_weights(tiny_config())
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = np.nan
+    model = write_tiny_llama(tmp_path / "m", weights=weights)
+    args = ("prune", model, "-o", tmp_path / "out", *calibrated(source))
+    refuse(*args, says=("model.layers.1.mlp.up_proj.weight", "nan"))
+
+
+def test_missing_tokenizer(refuse, source, tmp_path):
+    model = write_tiny_llama(tmp_path / "m", tokenizer=False)
+    refuse("prune", model, "-o", tmp_path / "out", *calibrated(source), says="tokenizer")
+
+
+def test_text_shorter_than_a_window(refuse, source, tmp_path):
+    (tmp_path / "short.txt").write_text("too short")
+    text = tmp_path / "short.txt"
+    model = source / "model"
+    says = ("9 tokens", "--sequence-length")
+    refuse("prune", model, "-o", tmp_path / "out", "--calibration", text, *SMALL, says=says)
+    refuse("eval", model, "--text", text, "--sequence-length", "64", says=says)
+
+
+def test_window_longer_than_the_context(refuse, source, tmp_path):
+    says = ("sequence_length 2048", "256")
+    refuse("eval", source / "model", "--text", source / "text.txt", says=says)
+
+
+def test_a_full_disk_is_a_failure_of_the_run(refuse, source, tmp_path, monkeypatch):
+    import intraslice_jax.api
+
+    def full(*_):
+        raise OSError(28, "No space left on device", str(tmp_path / "out"))
+
+    monkeypatch.setattr(intraslice_jax.api, "save", full)
+    refuse("convert", source / "model", tmp_path / "out", code=1, says="No space left on device")
+
+
+def test_an_error_that_nobody_foresaw_keeps_its_traceback(source, tmp_path, monkeypatch):
+    import intraslice_jax.api
+
+    monkeypatch.setattr(intraslice_jax.api, "save", lambda *_: {}["bug"])
+    with pytest.raises(KeyError, match="bug"):
+        main(["convert", str(source / "model"), str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_nothing(source, tmp_path, number):
+    model = write_tiny_llama(tmp_path / "m", num_hidden_layers=20)
+    out = tmp_path / "out"
+    # SIGINT is ignored in what a background shell starts; a person's terminal does not.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from intraslice_jax.cli import main; sys.exit(main())"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "prune", str(model), "-o", str(out), *calibrated(source)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("[1/20]")
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1, stderr
+    lines = [line for line in stderr.splitlines() if not line.startswith("[")]
+    assert len(lines) == 1
+    assert "interrupted" in lines[0]
+    assert str(out) in lines[0]
+    assert stdout == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m"]
