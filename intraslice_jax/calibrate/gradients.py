@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from intraslice_jax.config import ModelConfig
 from intraslice_jax.errors import RunError
+from intraslice_jax.evaluate.perplexity import first_bad_layer
 from intraslice_jax.model import LanguageModel
 from intraslice_jax.models.decoder import Block, Decoder
 from intraslice_jax.models.head import token_nll
@@ -83,13 +84,13 @@ def group_gradients(
     pending: list[_Sequences] = []
     waiting = 0
     for batch in _sequences(model.decoder, windows, size, matrices, on_batch):
-        while waiting + batch.count >= group:
+        while waiting + batch.sequences >= group:
             head, batch = batch.split(group - waiting)
             yield _sum([*pending, head])
             pending, waiting = [], 0
-        if batch.count:
+        if batch.sequences:
             pending.append(batch)
-            waiting += batch.count
+            waiting += batch.sequences
     if waiting:
         yield _sum(pending)
 
@@ -112,9 +113,9 @@ def head_grams(
             x = model.decoder.embed(tokens)
             for i, block in enumerate(model.decoder.layers):
                 x, gram = _forward(block, x, rope)
-                gram = np.asarray(gram)[:real]
-                _check_finite(i, "attention", "second moment", gram)
-                totals[i] += gram.sum(0, dtype=np.float64)
+                totals[i] += np.asarray(gram)[:real].sum(0, dtype=np.float64)
+            if not all(np.isfinite(total).all() for total in totals):
+                raise RunError(f"the heads' outputs are not finite: {first_bad_layer(model.decoder, tokens)}")
             if on_batch is not None:
                 on_batch(done, len(windows))
     return tuple(totals)
@@ -136,7 +137,7 @@ class _Sequences(NamedTuple):
     loss: np.ndarray
 
     @property
-    def count(self) -> int:
+    def sequences(self) -> int:
         return len(self.loss)
 
     def split(self, first: int) -> tuple[_Sequences, _Sequences]:
@@ -146,12 +147,12 @@ class _Sequences(NamedTuple):
 
 def _sum(parts: list[_Sequences]) -> GroupGradients:
     def total(*arrays: np.ndarray) -> np.ndarray:
-        return sum((a.sum(0, dtype=np.float64) for a in arrays), np.float64(0)).astype(np.float32)
+        return np.asarray(sum(a.sum(0, dtype=np.float64) for a in arrays), np.float32)
 
     attention, mlp, head_gram, loss = jax.tree.map(total, *parts)
     full = attention[0].ndim == 3
     diagonals = tuple(np.diagonal(m, axis1=1, axis2=2) for m in attention) if full else attention
-    sequences = sum(part.count for part in parts)
+    sequences = sum(part.sequences for part in parts)
     return GroupGradients(diagonals, mlp, attention if full else (), head_gram, float(loss), sequences)
 
 
@@ -177,7 +178,7 @@ def _sequences(
         with jax.default_matmul_precision("highest"):
             batch = _one_batch(decoder, tokens, rope, matrices)
         batch, _ = batch.split(real)
-        _check_batch(batch)
+        _check_batch(batch, decoder, tokens)
         yield batch
         if on_batch is not None:
             on_batch(done, len(windows))
@@ -195,7 +196,7 @@ def _one_batch(decoder: Decoder, tokens: Array, rope: RopeTable, matrices: bool)
         cotangent, masks = _backward(block, boundaries.pop(), rope, cotangent, matrices)
         attention.append(masks.attention)
         mlp.append(masks.mlp)
-    return jax.device_get(_Sequences(tuple(attention[::-1]), tuple(mlp[::-1]), tuple(grams), loss))
+    return _Sequences(*jax.device_get((tuple(attention[::-1]), tuple(mlp[::-1]), tuple(grams), loss)))
 
 
 @jax.jit
@@ -262,20 +263,11 @@ def _automatic_batch(config: ModelConfig, seq: int, matrices: bool, memory_budge
     return max(1, memory_budget // (4 * (stream + activations + squares * (1 + matrices))))
 
 
-def _check_batch(batch: _Sequences) -> None:
-    for i, gram in enumerate(batch.head_gram):
-        _check_finite(i, "attention", "second moment", gram)
-    if not np.isfinite(batch.loss).all():
-        raise RunError("the loss is not finite; the weights or activations overflow (try --dtype float32)")
+def _check_batch(batch: _Sequences, decoder: Decoder, tokens: Array) -> None:
+    if not all(np.isfinite(a).all() for a in (*batch.head_gram, batch.loss)):
+        raise RunError(f"the loss is not finite: {first_bad_layer(decoder, tokens)}")
     # The gradient passes the layers from the last to the first.
     for i in reversed(range(len(batch.mlp))):
-        _check_finite(i, "MLP", "mask gradient", batch.mlp[i])
-        _check_finite(i, "attention", "mask gradient", batch.attention[i])
-
-
-def _check_finite(layer: int, module: str, what: str, array: np.ndarray) -> None:
-    if not np.isfinite(array).all():
-        raise RunError(
-            f"layer {layer}, {module}: the {what} is not finite; the weights or activations overflow "
-            "(try --dtype float32)"
-        )
+        for module, gradient in (("MLP", batch.mlp[i]), ("attention", batch.attention[i])):
+            if not np.isfinite(gradient).all():
+                raise RunError(f"layer {i}, {module}: the gradient of its mask is not finite (try --dtype float32)")

@@ -138,8 +138,8 @@ class FisherComponents:
     def __call__(
         self, model: LanguageModel, windows: np.ndarray, config: PruneConfig, on_batch: OnBatch | None = None
     ) -> UnitScores:
-        budget = {"batch_size": config.batch_size, "memory_budget": config.memory_budget}
-        bases = [eigenbases(gram) for gram in head_grams(model, windows, **budget)]
+        grams = head_grams(model, windows, batch_size=config.batch_size, memory_budget=config.memory_budget)
+        bases = [eigenbases(gram) for gram in grams]
         components, channels = _Totals(), _Totals()
         for group in _gradients(model, windows, config, on_batch, matrices=True):
             components.add(component_scores(matrix, basis) for matrix, basis in zip(group.matrices, bases, strict=True))
