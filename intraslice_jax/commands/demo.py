@@ -30,7 +30,7 @@ class Options:
     output: Output = Path("runs/demo")
     config: Config = None
     overwrite: bool = False
-    windows: int = 24
+    windows: int = 12
     prompt: str = "The river rises in the mountains and"
     max_new_tokens: int = 32
     prune: OmitArgPrefixes[PruneConfig] = field(default_factory=PruneConfig)
