@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -64,18 +65,19 @@ def stored_dtype(source: TensorSource) -> str:
     for name, dtype in source.dtypes.items():
         dtype = "float32" if dtype == "float64" else dtype
         if dtype in counts:
-            counts[dtype] += source.sizes[name]
+            counts[dtype] += math.prod(source.shapes[name])
     return max(counts, key=counts.__getitem__)
 
 
-def _match(tensors: Iterable[Tensor], config: ModelConfig, source: TensorSource) -> dict[str, str]:
-    """The name in the checkpoint of every tensor, after nothing was found missing or left over."""
+def _match(tensors: Sequence[Tensor], config: ModelConfig, source: TensorSource) -> dict[str, str]:
+    """The name in the checkpoint of every tensor, once none is missing, left over or misshapen."""
     there = {name for name in source.dtypes if not _NOT_WEIGHTS.search(name)}
     names = {tensor.name: tensor.name for tensor in tensors}
     if config.tie_word_embeddings:
         if _EMBEDDING not in there and _HEAD in there:
             names[_EMBEDDING] = _HEAD
-        there.discard(_HEAD) if names[_EMBEDDING] != _HEAD else None
+        else:
+            there.discard(_HEAD)
     missing, left = set(names.values()) - there, there - set(names.values())
     if missing or left:
         hint = ""
@@ -84,6 +86,13 @@ def _match(tensors: Iterable[Tensor], config: ModelConfig, source: TensorSource)
         raise InputError(
             f"{source.where} does not fit its configuration: missing {_some(missing)}; left over {_some(left)}{hint}"
         )
+    for tensor in tensors:
+        found = source.shapes[names[tensor.name]]
+        if found != tensor.shape:
+            raise InputError(
+                f"{source.where}: tensor {tensor.name} has shape {list(found)}, "
+                f"the configuration implies {list(tensor.shape)}"
+            )
     return names
 
 

@@ -103,7 +103,7 @@ class GgufSource(TensorSource):
         left = set(file.tensors).difference(self._names.values(), _ROPE_TENSORS)
         self._names.update({name: name for name in left})
         self.dtypes = {name: file.tensors[stored].dtype for name, stored in self._names.items()}
-        self.sizes = {name: math.prod(file.tensors[stored].shape) for name, stored in self._names.items()}
+        self.shapes = {name: file.tensors[stored].shape for name, stored in self._names.items()}
 
     def read(self, name: str) -> np.ndarray:
         """One tensor as transformers has it."""

@@ -68,10 +68,12 @@ class GgufFile:
                 self.metadata = {self._string(): self._value(self._unpack("I")[0]) for _ in range(pairs)}
                 places = [self._tensor() for _ in range(tensors)]
                 start = stream.tell()
-        except (_DamagedError, struct.error, UnicodeDecodeError, ValueError) as error:
+                align = self.metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
+                if not isinstance(align, int) or align < 1:
+                    raise _DamagedError(f"general.alignment is {align!r}")
+        except (_DamagedError, struct.error, ValueError, RecursionError) as error:
             raise InputError(f"{path} is damaged or not a GGUF file ({error}); download it again") from error
-        align = self.metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
-        start = math.ceil(start / align) * align
+        start = -(-start // align) * align
         self.tensors = {name: place._replace(offset=start + place.offset) for name, place in places}
         for name, place in self.tensors.items():
             if place.offset + place.nbytes > self._size:

@@ -31,12 +31,12 @@ class TensorSource(ABC):
     Attributes:
         where: the file or folder, for messages.
         dtypes: by tensor, NumPy's name of what it is read as.
-        sizes: by tensor, the number of elements.
+        shapes: by tensor, as `read` will give it.
     """
 
     where: str
     dtypes: dict[str, str]
-    sizes: dict[str, int]
+    shapes: dict[str, tuple[int, ...]]
 
     @abstractmethod
     def read(self, name: str) -> np.ndarray:
@@ -66,7 +66,7 @@ class Safetensors(TensorSource):
                     raise InputError(f"tensor {name} is in {self._places[name].file} and in {file}")
                 self._places[name] = place
         self.dtypes = {name: place.dtype.name for name, place in self._places.items()}
-        self.sizes = {name: math.prod(place.shape) for name, place in self._places.items()}
+        self.shapes = {name: place.shape for name, place in self._places.items()}
 
     def read(self, name: str) -> np.ndarray:
         place = self._places[name]
@@ -128,7 +128,7 @@ class TorchFiles(TensorSource):
         for file in files:
             self._tensors.update(_torch_load(file))
         self.dtypes = {name: str(t.dtype).removeprefix("torch.") for name, t in self._tensors.items()}
-        self.sizes = {name: t.numel() for name, t in self._tensors.items()}
+        self.shapes = {name: tuple(t.shape) for name, t in self._tensors.items()}
 
     def read(self, name: str) -> np.ndarray:
         tensor = self._tensors[name]

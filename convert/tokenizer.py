@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from intraslice_jax.errors import InputError
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt")
+_VOCABULARIES = ({"tokenizer.json"}, {"tokenizer.model"}, {"vocab.json", "merges.txt"})
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # tokenizer.ggml.token_type; 1 is a usual piece
 
 # How the pre-tokenizers cut text before byte-pair merging; each is the one that the model was trained with.
@@ -68,6 +70,13 @@ def tokenizer_from_folder(folder: Path) -> PreTrainedTokenizerBase | None:
     there = [name for name in _FILES if (folder / name).is_file()]
     if not there:
         return None
+    if not any(files.issubset(there) for files in _VOCABULARIES):
+        # Some of transformers' classes would make an empty tokenizer of the rest.
+        raise InputError(
+            f"{folder} holds {', '.join(there)} but not the tokenizer's vocabulary; copy tokenizer.json beside it"
+        )
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it warns of model types that only the exported modelling file knows
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises plain Exception for a malformed file
@@ -75,6 +84,8 @@ def tokenizer_from_folder(folder: Path) -> PreTrainedTokenizerBase | None:
             f"{folder}: the tokenizer ({', '.join(there)}) cannot be read ({_first_line(error)}); "
             "copy all of the model's tokenizer files again"
         ) from error
+    finally:
+        logging.set_verbosity(verbosity)
     return tokenizer
 
 
@@ -222,7 +233,7 @@ def _vocabulary(tokens: Sequence[str]) -> dict[str, int]:
     return {token: index for index, token in enumerate(tokens)}
 
 
-def _special(metadata: Mapping[str, Any], tokens: Sequence[str], key: str) -> str | None:
+def _special(metadata: Mapping[str, Any], tokens: list[str], key: str) -> str | None:
     index = metadata.get(f"tokenizer.ggml.{key}_token_id")
     if index is None:
         return None
