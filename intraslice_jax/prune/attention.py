@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,6 +42,16 @@ class AttentionPlan:
     def local_query_to_kv(self) -> tuple[int, ...]:
         """`query_to_kv` numbered among the kept KV heads."""
         return tuple(self.kv_heads.index(j) for j in self.query_to_kv)
+
+    def shape_of(self, shape: LayerShape) -> LayerShape:
+        """The layer with its attention cut to this plan."""
+        return dataclasses.replace(
+            shape,
+            query_to_kv=self.local_query_to_kv,
+            qk_head_dim=self.qk_width,
+            rotary_dim=self.qk_width,
+            v_head_dim=self.v_width,
+        )
 
 
 class HeadEnergies:
@@ -178,15 +189,7 @@ def fuse_attention(
         new["v_bias"] = jnp.einsum("hv,hvw->hw", to_solver(arrays["v_bias"][jnp.asarray(kv_heads)]), basis)
     if fit.offset is not None:
         new["o_bias"] = to_solver(arrays["o_bias"]) + fit.offset @ o_proj
-    new_shape = LayerShape(
-        plan.local_query_to_kv,
-        plan.qk_width,
-        plan.qk_width,
-        plan.v_width,
-        shape.intermediate_size,
-        shape.sliding_window,
-    )
-    return PrunedAttention(new, new_shape, plan.heads, error, {"solver": fit.method})
+    return PrunedAttention(new, plan.shape_of(shape), plan.heads, error, {"solver": fit.method})
 
 
 def _select(kernel: Array, heads: list[int], channels: np.ndarray) -> Array:

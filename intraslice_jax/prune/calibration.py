@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -19,7 +20,7 @@ from intraslice_jax.calibrate.statistics import (
     zeros_like_moments,
 )
 from intraslice_jax.config import LayerShape, ModelConfig, PruneConfig
-from intraslice_jax.errors import RunError
+from intraslice_jax.errors import InputError, RunError
 from intraslice_jax.model import LanguageModel
 from intraslice_jax.models.decoder import Block, block_from_arrays, decoder_to_arrays
 from intraslice_jax.models.rope import RopeTable
@@ -57,6 +58,9 @@ class AttentionCalibration:
         shape: its widths.
         stream: its inputs, coming from the already pruned layers below.
         config: the run's settings.
+        model: the model's description.
+        parameter_range: the fewest and the most parameters that the attention may keep for the budget of the
+            whole model to be met.
     """
 
     index: int
@@ -64,6 +68,8 @@ class AttentionCalibration:
     shape: LayerShape
     stream: ResidualStream
     config: PruneConfig
+    model: ModelConfig
+    parameter_range: tuple[int, int]
 
     @property
     def tokens(self) -> int:
@@ -166,6 +172,15 @@ def part(arrays: Mapping[str, Array], module: str) -> dict[str, Array]:
     """The arrays of one module of a block, by their names within it."""
     prefix = f"{module}."
     return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+
+
+def check_weights(arrays: Mapping[str, Array]) -> None:
+    """Raises InputError that names the first array with a value that is not finite."""
+    good = jax.jit(lambda arrays: {name: jnp.isfinite(array).all() for name, array in arrays.items()})(dict(arrays))
+    for name, finite in good.items():
+        if not bool(finite):
+            first = tuple(int(i) for i in np.argwhere(~np.isfinite(np.asarray(arrays[name])))[0])
+            raise InputError(f"{name} is not finite at {first}: the model is damaged, or overflowed when converted")
 
 
 def check_finite(layer: int, module: str, moments: Any) -> Any:

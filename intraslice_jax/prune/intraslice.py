@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from intraslice_jax.prune.attention import AttentionPlan, HeadEnergies, fuse_attention, plan_heads, select_pairs
+from intraslice_jax.prune.attention import AttentionPlan, HeadEnergies, fuse_attention, select_pairs
 from intraslice_jax.prune.calibration import AttentionCalibration, MLPCalibration
+from intraslice_jax.prune.heads import choose_heads
 from intraslice_jax.prune.iterative import IterativeSettings
 from intraslice_jax.prune.linalg import solver_precision
 from intraslice_jax.prune.method import PrunedAttention, PrunedMLP
@@ -28,13 +29,17 @@ class IntraSlice:
         channels_in = shape.num_attention_heads * shape.v_head_dim
         with solver_precision():
             energies = HeadEnergies(arrays["o_proj"], moments.head_gram)
-        heads, width = plan_heads(energies, channels_in - round(channels_in * ratio))
-        plan = AttentionPlan(
-            tuple(int(h) for h in heads),
-            tuple(shape.query_to_kv[h] for h in heads),
-            min(width, shape.qk_head_dim),
-            width,
-        )
+
+        def plan_for(heads: np.ndarray, width: int) -> AttentionPlan:
+            kept = tuple(int(h) for h in heads)
+            return AttentionPlan(kept, tuple(shape.query_to_kv[h] for h in kept), min(width, shape.qk_head_dim), width)
+
+        def cost(heads: np.ndarray, width: int) -> int:
+            return layer.model.attention_parameters(plan_for(heads, width).shape_of(shape))
+
+        budget = channels_in - round(channels_in * ratio)
+        grouping, allowed = layer.config.grouping, layer.parameter_range
+        plan = plan_for(*choose_heads(energies, budget, shape.query_to_kv, grouping, cost, allowed))
         if plan.keeps_all(shape):
             return PrunedAttention(arrays, shape, plan.heads, 0.0, {"solver": "none"})  # the ridge would still damp it
         channels = select_pairs(np.asarray(moments.pair_scores), plan, shape.rotary_dim)

@@ -18,8 +18,9 @@ from intraslice_jax.errors import InputError
 from intraslice_jax.model import LanguageModel
 from intraslice_jax.models.decoder import block_from_arrays, decoder_from_arrays, decoder_to_arrays
 from intraslice_jax.prune.biases import with_output_biases
-from intraslice_jax.prune.budget import LayerRatios, Ledger, uniform_ratios
-from intraslice_jax.prune.calibration import AttentionCalibration, MLPCalibration, ResidualStream
+from intraslice_jax.prune.budget import LayerRatios, Ledger
+from intraslice_jax.prune.calibration import AttentionCalibration, MLPCalibration, ResidualStream, check_weights
+from intraslice_jax.prune.estimators import estimate_ratios
 from intraslice_jax.prune.method import PruningMethod
 from intraslice_jax.prune.methods import create_method
 
@@ -46,6 +47,7 @@ def prune_model(
     windows: Int[np.ndarray, "samples seq"],
     config: PruneConfig,
     on_layer: Callable[[LayerRecord], None] | None = None,
+    on_batch: Callable[[int, int], None] | None = None,
 ) -> LanguageModel:
     """A really smaller model (paper algorithm 1 with the fused weights kept; docs/method.md sections 2 and 3).
 
@@ -54,22 +56,25 @@ def prune_model(
         windows: int32 calibration tokens.
         config: how much and how.
         on_layer: called after each layer with its record.
+        on_batch: called while the ratios are estimated with the sequences done and their number.
 
     Returns:
         The pruned model; its `report` holds the records and the fractions removed.
 
     Raises:
-        InputError: the windows or the configuration do not fit the model.
+        InputError: the windows or the configuration do not fit the model, or a weight is not finite.
         RunError: an activation or a second moment is not finite.
     """
     started = time.monotonic()
     method = create_method(config.method)
     _check_windows(model, windows)
+    check_weights(decoder_to_arrays(model.decoder))
     dense = model.config
     if config.output_biases:
         model = with_output_biases(model)
-    ratios = uniform_ratios(model.config, config.sparsity)
     with jax.default_matmul_precision("highest"):
+        ratios = estimate_ratios(model, windows, config, on_batch)
+        estimated = time.monotonic()
         stream = ResidualStream.start(model, windows, _batch_size(model.config, windows.shape, config))
         blocks, records = _prune_layers(model, stream, method, ratios, config, on_layer)
     arrays = {k: v for k, v in decoder_to_arrays(model.decoder).items() if not k.startswith("layers.")}
@@ -89,7 +94,7 @@ def prune_model(
         "solver_dtype": "float64",
         "ratios": dataclasses.asdict(ratios),
         "layers": [dataclasses.asdict(record) for record in records],
-        "prune_seconds": time.monotonic() - started,
+        "stages": {"ratios_seconds": estimated - started, "layers_seconds": time.monotonic() - estimated},
     }
     return dataclasses.replace(model, config=pruned, decoder=decoder_from_arrays(pruned, arrays), report=report)
 
@@ -109,13 +114,15 @@ def _prune_layers(
     config: PruneConfig,
     on_layer: Callable[[LayerRecord], None] | None,
 ) -> tuple[list[PrunedBlock], list[LayerRecord]]:
-    ledger = Ledger(model.config, ratios, config.align)
+    ledger = Ledger(model.config, ratios, config.align, config.max_ratio)
     blocks: list[PrunedBlock] = []
     records: list[LayerRecord] = []
     for i, block in enumerate(model.decoder.layers):
         started = time.monotonic()
         arrays = decoder_to_arrays(block)
-        calibration = AttentionCalibration(i, block, model.config.layers[i], stream, config)
+        calibration = AttentionCalibration(
+            i, block, model.config.layers[i], stream, config, model.config, ledger.attention_range(i)
+        )
         attention = method.prune_attention(calibration, ratios.attention[i])
         ledger.attention_done(i, attention.shape)
         arrays = _replace(arrays, "attention", attention.arrays)
@@ -144,7 +151,7 @@ def _prune_layers(
         records.append(record)
         if on_layer is not None:
             on_layer(record)
-    ledger.check(tolerance=0.005)
+    ledger.check()
     return blocks, records
 
 
@@ -165,8 +172,9 @@ def _check_windows(model: LanguageModel, windows: np.ndarray) -> None:
         raise InputError(
             f"sequence_length {seq} is longer than the model's context of {model.config.max_position_embeddings}"
         )
-    if windows.max() >= model.config.vocab_size or windows.min() < 0:
-        raise InputError(f"calibration holds token {windows.max()}, the vocabulary has {model.config.vocab_size}")
+    for token in (windows.max(), windows.min()):
+        if not 0 <= token < model.config.vocab_size:
+            raise InputError(f"calibration holds token {token}, the vocabulary has {model.config.vocab_size}")
 
 
 def _batch_size(model: ModelConfig, shape: tuple[int, ...], config: PruneConfig) -> int:

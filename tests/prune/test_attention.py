@@ -127,7 +127,7 @@ def prune_first_attention(model, ratio, tokens=None, damping=0.01, batch_size=2)
     tokens = windows() if tokens is None else tokens
     stream = ResidualStream.start(model, tokens, batch_size)
     shape, block = model.config.layers[0], model.decoder.layers[0]
-    layer = AttentionCalibration(0, block, shape, stream, PruneConfig(damping=damping))
+    layer = AttentionCalibration(0, block, shape, stream, PruneConfig(damping=damping), model.config, (0, 10**9))
     pruned = IntraSlice().prune_attention(layer, ratio)
     arrays = dict(decoder_to_arrays(block))
     arrays |= {f"attention.{name}": np.asarray(a) for name, a in pruned.arrays.items()}
