@@ -134,6 +134,10 @@ def hf_config(file: GgufFile) -> dict[str, Any]:
     name = metadata.get("general.architecture")
     if name not in ARCHITECTURES:
         raise InputError(f"GGUF architecture {name!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+    if metadata.get("split.count", 1) > 1:
+        raise InputError(
+            f"the model is split into {metadata['split.count']} files; join them with llama-gguf-split --merge"
+        )
     if metadata.get(f"{name}.expert_count"):
         raise InputError(f"GGUF architecture {name!r} with experts (MoE) is not supported; use a dense model")
     if "token_embd.weight" not in file.tensors:

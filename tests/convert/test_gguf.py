@@ -193,6 +193,7 @@ def rewrite(path, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"split__count": 3}, r"split into 3 files; join them with llama-gguf-split --merge"),
         ({"llama__expert_count": 8}, r"with experts \(MoE\) is not supported"),
         ({"llama__embedding_length": None}, r"head_count must be one positive number"),
         ({"llama__attention__head_count": [4, 2]}, r"head_count must be one positive number for all layers"),
