@@ -50,7 +50,7 @@ def _pruned(model: LanguageModel, name: str) -> list[str]:
     return [
         f"# {name}, pruned with IntraSlice",
         "",
-        f"A smaller {name} ({config.model_type}, {config.total_parameters():,} parameters), pruned by intraslice-jax "
+        f"{name} ({config.model_type}) with {config.total_parameters():,} parameters left, pruned by intraslice-jax "
         "with IntraSlice ([arXiv 2602.01975](https://arxiv.org/abs/2602.01975)): attention heads, head channels and "
         "MLP channels are gone from its weights, nothing was added. The licence of the original model applies.",
         "",

@@ -71,6 +71,9 @@ class IntraSliceConfig(PreTrainedConfig):
         if len(layers) != self.num_hidden_layers:
             raise ValueError(f"`intraslice` describes {len(layers)} layers, expected {self.num_hidden_layers}")
 
+    def validate_rope(self) -> None:
+        """Left to the configuration that `IntraSliceRotaryEmbedding` makes, whose head width is the rotated one."""
+
 
 class IntraSliceRMSNorm(nn.Module):
     """Root mean square norm, computed in float32."""
