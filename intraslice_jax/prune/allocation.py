@@ -131,8 +131,8 @@ def split(attention: Modules, mlp: Modules, prune: PruneConfig) -> tuple[float, 
     rest = wanted - attention.target(attention.reachable)
     high = attention.reachable * sizes[1] / rest if rest > 0 else math.inf
     raise InputError(
-        f"kind_bias {bias:g} takes {ratio:.1%} of all {kind} parameters at sparsity {sparsity:g}, and at most "
-        f"{_floor(group.reachable)} can go; kind_bias may be {_between(low, high)} there"
+        f"kind_bias {bias:g} takes {ratio:.1%} of all {kind} parameters at sparsity {sparsity:g}; with max_ratio "
+        f"{prune.max_ratio:g} and align {prune.align}, at most {_floor(group.reachable)} can go; {_between(low, high)}"
     )
 
 
@@ -192,7 +192,11 @@ def _floor(ratio: float) -> str:
 
 
 def _between(low: float, high: float) -> str:
-    low, high = math.ceil(low * 1e3) / 1e3, math.floor(high * 1e3) / 1e3 if math.isfinite(high) else high
+    """Which values of kind_bias are allowed, rounded inwards."""
+    if math.isinf(low):
+        return "no kind_bias changes that"
+    low = math.ceil(low * 1e3) / 1e3
     if math.isinf(high):
-        return f"{low:g} or more"
-    return f"between {low:g} and {high:g}" if low > 0 else f"at most {high:g}"
+        return f"kind_bias may be {low:g} or more"
+    high = math.floor(high * 1e3) / 1e3
+    return f"kind_bias may be between {low:g} and {high:g}"

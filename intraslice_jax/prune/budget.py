@@ -57,7 +57,7 @@ class Ledger:
     def attention_range(self, layer: int) -> tuple[int, int]:
         """The fewest and the most parameters that a layer's attention may keep for the budget to be met.
 
-        Never fewer than the maximum ratio leaves. Where no attention meets the range the nearest should be taken.
+        Never fewer than the maximum ratio leaves. Where no attention meets the range, take the next greater one.
         """
         dense = self._config.attention_parameters(self._config.layers[layer])
         most_removed = self._owed + self._attention[layer] + sum(self._mlp[layer:])
@@ -83,16 +83,23 @@ class Ledger:
     def check(self, tolerance: float = TOLERANCE) -> None:
         """Raises InputError when more than `tolerance` of the block parameters are owed at the end.
 
-        Half a step of the alignment is borne, where that is more: in tiny models nothing comes closer.
+        Half a step of the alignment or of a head's width is borne, where that is more: in tiny models nothing
+        comes closer.
         """
         total = self._config.block_parameters()
-        step = max(self._removed(s, max(s.intermediate_size - self._align, 1)) for s in self._config.layers)
-        missing = self._owed / total
-        if abs(missing) > max(tolerance, 0.5 * step / total):
+        missing, step = self._owed / total, max(map(self._step, self._config.layers)) / total
+        if abs(missing) > max(tolerance, 0.5 * step):
             raise InputError(
                 f"the requested sparsity cannot be met with these ratios: {abs(missing):.1%} of the block parameters "
                 + ("could not be removed; ask for less" if missing > 0 else "too many were removed; ask for more")
             )
+
+    def _step(self, shape: LayerShape) -> int:
+        """The parameters of one step of the alignment, or of two channels of all heads."""
+        width, qk = max(shape.v_head_dim - 2, 1), max(shape.qk_head_dim - 2, 1)
+        narrow = dataclasses.replace(shape, v_head_dim=width, qk_head_dim=qk, rotary_dim=0)
+        channels = self._config.attention_parameters(shape) - self._config.attention_parameters(narrow)
+        return max(channels, self._removed(shape, max(shape.intermediate_size - self._align, 1)))
 
     def _removed(self, shape: LayerShape, width: int) -> int:
         narrow = dataclasses.replace(shape, intermediate_size=width)

@@ -30,7 +30,7 @@ def choose_heads(
         grouping: `ragged` drops query heads one by one, `uniform` leaves every kept KV head equally many.
         cost: parameters of an attention with these heads of this width.
         allowed: the least and the greatest cost (`Ledger.attention_range`). If no plan lies between them, the
-            nearest is taken.
+            next greater one is taken.
 
     Returns:
         Ascending head indices and the width.
@@ -43,9 +43,9 @@ def choose_heads(
     if low <= cost(heads, width) <= high:
         return heads, width
 
-    def rating(plan: tuple[np.ndarray, int]) -> tuple[int, float]:
+    def rating(plan: tuple[np.ndarray, int]) -> tuple[int, int, float]:
         parameters = cost(*plan)
-        return max(low - parameters, parameters - high, 0), -float(energies.of(*plan).sum())
+        return max(low - parameters, 0), max(parameters - high, 0), -float(energies.of(*plan).sum())
 
     full = energies.channel_scores.shape[1]
     candidates = _grouped(energies, query_to_kv) if grouping == "uniform" else _nested(energies)
@@ -67,12 +67,11 @@ def plan_grouped_heads(
     full = energies.channel_scores.shape[1]
     kept_channels = max(2, min(kept_channels, energies.channel_scores.size))
 
-    def rating(heads: np.ndarray) -> tuple[bool, float, float]:
-        width = min(kept_channels // len(heads), full)
-        wide = width >= 0.75 * full
-        return wide, 0.0 if wide else -len(heads), float(energies.of(heads, width).sum())
+    def width(heads: np.ndarray) -> int:
+        return min(kept_channels // len(heads), full)
 
-    best = max(_grouped(energies, query_to_kv), key=rating)
+    candidates = [heads for heads in _grouped(energies, query_to_kv) if len(heads) == 1 or width(heads) >= 0.75 * full]
+    best = max(candidates, key=lambda heads: energies.of(heads, width(heads)).sum())
     return best, max(2, min(2 * round(kept_channels / len(best) / 2), full))
 
 
