@@ -57,7 +57,8 @@ def inverse_frequencies(
         InputError: unknown rope type, or parameters that contradict the width.
     """
     exponents = np.arange(0, rotary_dim, 2, dtype=np.float32) / np.float32(max(rotary_dim, 1))
-    plain = np.float32(1.0) / np.float32(rope.theta) ** exponents
+    # The power in float64: numpy's float32 one is off by a unit in the last place, which long contexts amplify.
+    plain = np.float32(1.0) / (np.float64(rope.theta) ** exponents.astype(np.float64)).astype(np.float32)
     match rope.rope_type:
         case "default":
             return jnp.asarray(plain), 1.0
