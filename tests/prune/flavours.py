@@ -26,10 +26,17 @@ FLAVOURS = {
 }
 
 
-def make(flavour: str = "gqa", seed: int = 0, layers: int = 0, dtype=jnp.float32, **changes) -> LanguageModel:
-    """A model with random weights, biases and RoPE pairs; `layers` repeats the first layer's shape."""
+def make(
+    flavour: str = "gqa",
+    seed: int = 0,
+    layers: int = 0,
+    shape: LayerShape | None = None,
+    dtype=jnp.float32,
+    **changes,
+) -> LanguageModel:
+    """A model with random weights, biases and RoPE pairs; `layers` repeats `shape` or the first layer's."""
     shapes, extra = FLAVOURS[flavour]
-    shapes = (shapes[0],) * layers or shapes
+    shapes = (shape or shapes[0],) * layers or shapes
     config = ModelConfig(flavour, VOCAB, 16, 8, 8, shapes, max_position_embeddings=256, **(extra | changes))
     rng = np.random.default_rng(seed)
     arrays = {}
