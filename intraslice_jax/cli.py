@@ -71,7 +71,7 @@ def _parse(given: list[str], modules: dict[str, ModuleType]) -> tuple[str, Any]:
     command = given[0] if given else ""
     if command in modules:
         given = arguments.merge_repeated(given, options[command])
-        config = arguments.config_file(given) or getattr(modules[command], "DEFAULT_CONFIG", None)
+        config = arguments.config_file(given, getattr(modules[command], "DEFAULT_CONFIG", None))
         if config is not None:
             options[command] = with_defaults(options[command], load_settings(config, options[command]))
     parsed = arguments.parse(given, options)

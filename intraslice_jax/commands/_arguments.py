@@ -86,14 +86,14 @@ def _several(options: type) -> list[str]:
     return names
 
 
-def config_file(args: Sequence[str]) -> Path | None:
-    """The file that `--config` names: a path, or one of the ready recipes by its name."""
+def config_file(args: Sequence[str], default: str | None) -> Path | None:
+    """The file that `--config` names, else the default: a path, or the name of a ready recipe."""
+    name = default
     for i, argument in enumerate(args):
         flag, given, value = argument.partition("=")
         if flag == "--config":
-            value = value if given else "".join(args[i + 1 : i + 2])
-            return recipe(value) if value else None
-    return None
+            name = value if given else "".join(args[i + 1 : i + 2])
+    return recipe(name) if name else None
 
 
 def recipe(name: str) -> Path:

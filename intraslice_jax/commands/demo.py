@@ -7,11 +7,10 @@ from pathlib import Path
 
 from tyro.conf import OmitArgPrefixes
 
-from intraslice_jax.commands._arguments import recipe
 from intraslice_jax.commands._types import Config, Output
 from intraslice_jax.config import CalibrationConfig, PruneConfig
 
-DEFAULT_CONFIG = recipe("demo")
+DEFAULT_CONFIG = "demo"
 
 
 @dataclass(frozen=True, kw_only=True)
