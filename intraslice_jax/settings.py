@@ -119,12 +119,12 @@ def _defaults(data: Mapping[str, Any], options: type) -> dict[str, Any]:
                 if name not in known:
                     raise InputError(f"unknown key {inner!r} under {key}; {closest(name, known)}")
                 put(key, name, item)
+        elif key in fields and key not in sections:
+            values[key] = convert(value, hints[key], key)
         elif key in owner:
             put(owner[key], key, value)
         elif key in sections:
             raise InputError(f"{key} must hold `key: value` lines, found {_show(value)}")
-        elif key in fields:
-            values[key] = convert(value, hints[key], key)
         else:
             raise InputError(f"unknown key {key!r}; {closest(key, {*fields, *owner})}")
     for name, given in inside.items():

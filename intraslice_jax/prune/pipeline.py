@@ -48,6 +48,7 @@ def prune_model(
     config: PruneConfig,
     on_layer: Callable[[LayerRecord], None] | None = None,
     on_batch: Callable[[int, int], None] | None = None,
+    ratios: LayerRatios | None = None,
 ) -> LanguageModel:
     """A really smaller model (paper algorithm 1 with the fused weights kept; docs/method.md sections 2 and 3).
 
@@ -57,6 +58,7 @@ def prune_model(
         config: how much and how.
         on_layer: called after each layer with its record.
         on_batch: called while the ratios are estimated with the sequences done and their number.
+        ratios: given, they are used instead of what `config.ratios` estimates.
 
     Returns:
         The pruned model; its `report` holds the records and the fractions removed.
@@ -73,7 +75,7 @@ def prune_model(
     if config.output_biases:
         model = with_output_biases(model)
     with jax.default_matmul_precision("highest"):
-        ratios = estimate_ratios(model, windows, config, on_batch)
+        ratios = ratios or estimate_ratios(model, windows, config, on_batch)
         estimated = time.monotonic()
         stream = ResidualStream.start(model, windows, _batch_size(model.config, windows.shape, config))
         blocks, records = _prune_layers(model, stream, method, ratios, config, on_layer)

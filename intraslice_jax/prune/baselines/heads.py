@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from intraslice_jax.calibrate.statistics import GramMoments
 from intraslice_jax.config import LayerShape
+from intraslice_jax.errors import InputError
 from intraslice_jax.prune.baselines.channels import mean_shift, module_error
 from intraslice_jax.prune.calibration import AttentionCalibration
 from intraslice_jax.prune.linalg import solver_precision, to_solver
@@ -75,7 +76,15 @@ def keep_heads(
         o_proj: new o-projection, float64; only the kept heads are read. None leaves the weights as they are.
         fill_bias: the o-projection's bias, where there is one, takes up the mean of what is lost.
         notes: for the record.
+
+    Raises:
+        InputError: KV heads are to keep equally many query heads, which nothing here sees to.
     """
+    if layer.config.grouping == "uniform" and max(layer.shape.group_sizes) > 1:
+        raise InputError(
+            f"method {layer.config.method} drops query heads one by one, which grouping uniform forbids; "
+            "use grouping ragged or method intraslice"
+        )
     arrays, shape = without_heads(layer.arrays, layer.shape, heads)
     with solver_precision():
         before = to_solver(layer.arrays["o_proj"])

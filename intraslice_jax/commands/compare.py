@@ -1,0 +1,182 @@
+"""`intraslice compare`: pruning methods side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import Fixed, OmitArgPrefixes, Suppress
+from tyro.constructors import PrimitiveConstructorSpec
+
+from intraslice_jax.commands._types import Config, Dtype, Files, Model, Output
+from intraslice_jax.config import CalibrationConfig, PruneConfig
+
+if TYPE_CHECKING:
+    from intraslice_jax.evaluate.compare import Row
+
+
+def _listed(kind: Callable[[str], Any], metavar: str) -> PrimitiveConstructorSpec:
+    """Values with commas or spaces between them."""
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=metavar,
+        instance_from_str=lambda given: tuple(kind(part) for item in given for part in item.split(",") if part),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [",".join(map(str, value))],
+    )
+
+
+Names = Annotated[tuple[str, ...], _listed(str, "NAME,NAME,...")]
+Numbers = Annotated[tuple[float, ...], _listed(float, "FRACTION,FRACTION,...")]
+
+
+@dataclass(frozen=True)
+class Settings(PruneConfig):
+    """What all methods share: `PruneConfig` without what is compared."""
+
+    sparsity: Suppress[Fixed[float]] = 0.3
+    method: Suppress[Fixed[str]] = "intraslice"
+    ratios: Suppress[Fixed[str]] = "uniform"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Prune a model with several methods and print their perplexities in one table.
+
+    All methods see the same calibration windows and are measured on the same evaluation windows. OUT gets
+    compare.json, compare.csv and compare.png.
+
+    Attributes:
+        model: a folder, a hub id, a .gguf file, or a checkpoint.
+        output: the folder to write.
+        methods: intraslice, magnitude, wanda_sp, flap, obs, slicegpt; with `+biases` behind it a method gets
+            biases to fill (flap+biases is FLAP as its authors use it on Llama).
+        sparsity: fractions of the decoder layers' parameters to remove.
+        ratios: estimators of the ratios per layer (see `prune`); slicegpt takes none.
+        text: text files to measure perplexity on.
+        dataset: instead of files, a data set: `NAME` or `NAME:CONFIG`.
+        evaluation_split: which split of the data set; the one the field reports on, `test` mostly, if not given.
+        evaluation_column: which column of the data set holds the text.
+        windows: how many evaluation windows from the start of the text; all if not given.
+        dtype: dtype of the weights; as stored if not given.
+        config: YAML file with any of these options; the command line is stronger.
+        overwrite: replace OUT if it exists.
+    """
+
+    model: Model
+    output: Output
+    methods: Names = ("intraslice", "magnitude", "wanda_sp", "flap", "obs", "slicegpt")
+    sparsity: Numbers = (0.2, 0.3, 0.5)
+    ratios: Names = ("uniform",)
+    text: Files = ()
+    dataset: str | None = None
+    evaluation_split: str | None = None
+    evaluation_column: str = "text"
+    windows: int | None = None
+    dtype: Dtype | None = None
+    config: Config = None
+    overwrite: bool = False
+    prune: OmitArgPrefixes[Settings] = field(default_factory=Settings)
+    calibrate: OmitArgPrefixes[CalibrationConfig] = field(default_factory=CalibrationConfig)
+
+
+def run(options: Options) -> None:
+    """Loads, prunes and measures in turn, writes, prints."""
+    from intraslice_jax.io.atomic import atomic_folder, check_output
+
+    check_output(options.output, options.overwrite)
+
+    from intraslice_jax import api
+    from intraslice_jax.calibrate import data
+    from intraslice_jax.calibrate.sources import read_sources
+    from intraslice_jax.commands._output import print_table, say, write_json
+    from intraslice_jax.environment import peak_rss_bytes
+    from intraslice_jax.errors import InputError, RunError
+    from intraslice_jax.evaluate.compare import compare, plan_trials, to_csv
+    from intraslice_jax.evaluate.plot import plot_rows
+    from intraslice_jax.io.checkpoint import versions
+    from intraslice_jax.settings import as_settings
+
+    for name in ("sparsity", "method", "ratios"):
+        if getattr(options.prune, name) != getattr(Settings(), name):
+            raise InputError(f"{name} under prune is one value; compare takes several, as `{_PLURAL[name]}` at the top")
+    trials = plan_trials(options.methods, options.sparsity, options.ratios, options.prune)
+    calibrate = options.calibrate
+    text = read_sources(calibrate.calibration, calibrate.split, calibrate.column, "--calibration")
+    held_out = _evaluation_text(options)
+    model = api.load(options.model, options.dtype)
+    api.check_length(model, calibrate.sequence_length)
+    stream = data.encode(model.require_tokenizer(), text)
+    calibration = data.sample_windows(stream, calibrate.samples, calibrate.sequence_length, calibrate.seed)
+    evaluation = api.text_windows(model, held_out, calibrate.sequence_length, options.windows)
+
+    rows: list[Row] = []
+    partial = options.output.with_name(f"{options.output.name}.partial.json")
+
+    def facts() -> dict[str, Any]:
+        return {
+            "model": model.name,
+            "rows": [dataclasses.asdict(row) for row in rows],
+            "sequence_length": calibrate.sequence_length,
+            "calibration_text_sha256": data.text_hash(text),
+            "evaluation_text_sha256": data.text_hash(held_out),
+            "evaluation_windows": len(evaluation),
+            "settings": as_settings(options),
+            "versions": versions(),
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
+
+    def on_row(row: Row) -> None:
+        rows.append(row)
+        say(f"[{len(rows)}/{len(trials) + 1}] {_line(row)}")
+        write_json(partial, facts())  # an interrupted run leaves what it has
+
+    say(f"measuring the dense model and {len(trials)} pruned ones; results so far are in {partial}")
+    compare(model, calibration, evaluation, trials, on_row)
+    with atomic_folder(options.output, options.overwrite) as folder:
+        write_json(folder / "compare.json", facts())
+        (folder / "compare.csv").write_text(to_csv(rows), encoding="utf-8")
+        title = f"{Path(model.name).name}, windows of {calibrate.sequence_length} tokens"
+        if not plot_rows(rows, title, folder / "compare.png"):
+            say("matplotlib is not installed, so there is no compare.png; pip install 'intraslice-jax[report]'")
+    partial.unlink()
+    print_table([["method", "ratios", "asked", "removed", "of model", "perplexity", "seconds"], *map(_cells, rows)])
+    failed = [_line(row) for row in rows if row.error]
+    if failed:
+        raise RunError(
+            f"{len(failed)} of {len(trials)} failed, the others are in {options.output}: {'; '.join(failed)}"
+        )
+
+
+_PLURAL = {"sparsity": "sparsity", "method": "methods", "ratios": "ratios"}
+
+
+def _evaluation_text(options: Options) -> str:
+    from intraslice_jax.calibrate.data import read_dataset, read_text
+    from intraslice_jax.errors import InputError
+
+    if bool(options.text) == bool(options.dataset):
+        raise InputError("give either --text FILE or --dataset NAME, to say what perplexity is measured on")
+    if options.dataset:
+        name, _, config = options.dataset.partition(":")
+        return read_dataset(name, config or None, options.evaluation_split, options.evaluation_column)
+    return read_text(options.text)
+
+
+def _line(row: Row) -> str:
+    name = " ".join(filter(None, (row.method, row.ratios, f"{row.sparsity:g}" if row.sparsity else "")))
+    return f"{name}: {row.error}" if row.error else f"{name}: perplexity {row.perplexity:.2f}"
+
+
+def _cells(row: Row) -> list[str]:
+    from intraslice_jax.commands._output import percent
+
+    removed = [
+        "-" if share is None else percent(share) for share in (row.removed_block_fraction, row.removed_model_fraction)
+    ]
+    asked = f"{row.sparsity:g}" if row.sparsity else "-"
+    perplexity = "failed" if row.perplexity is None else f"{row.perplexity:.2f}"
+    return [row.method, row.ratios or "-", asked, *removed, perplexity, f"{row.prune_seconds:.0f}"]

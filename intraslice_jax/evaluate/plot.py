@@ -1,0 +1,51 @@
+"""A comparison as a picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from intraslice_jax.evaluate.compare import Row
+
+
+def plot_rows(rows: Sequence[Row], title: str, path: str | Path) -> bool:
+    """Draws perplexity over the removed fraction, a line per method and estimator, into an image file.
+
+    Args:
+        rows: of a comparison; those without a finite perplexity are left out.
+        title: what stands above.
+        path: where to; the ending says the format.
+
+    Returns:
+        False if matplotlib is not installed (the extra `report` brings it); then nothing is written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    lines: dict[str, list[tuple[float, float]]] = {}
+    dense = None
+    for row in rows:
+        if row.perplexity is None or row.removed_block_fraction is None or not math.isfinite(row.perplexity):
+            continue
+        if row.method == "dense":
+            dense = row.perplexity
+        else:
+            label = f"{row.method}, {row.ratios}" if row.ratios else row.method
+            lines.setdefault(label, []).append((100 * row.removed_block_fraction, row.perplexity))
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    for label, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
+    if dense is not None:
+        axes.axhline(dense, color="black", linestyle=":", label="dense")
+    axes.set_yscale("log")
+    axes.set_xlabel("removed from the decoder layers, %")
+    axes.set_ylabel("perplexity")
+    axes.set_title(title)
+    axes.grid(alpha=0.3, which="both")
+    if lines or dense is not None:
+        axes.legend()
+    figure.savefig(path, dpi=150)
+    return True
