@@ -28,12 +28,6 @@ class LayerRatios:
         return asked / config.block_parameters()
 
 
-def uniform_ratios(config: ModelConfig, sparsity: float) -> LayerRatios:
-    """The same fraction everywhere."""
-    same = (sparsity,) * config.num_layers
-    return LayerRatios(same, same)
-
-
 class Ledger:
     """Turns ratios into MLP widths such that the removed parameters add up to the request.
 

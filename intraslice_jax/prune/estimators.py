@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import yaml
@@ -30,6 +30,7 @@ DEGENERATE = 1e-6
 """Eigenvalues closer than this times the largest count as equal: float32 moments do not tell them apart."""
 
 
+@runtime_checkable
 class Estimator(Protocol):
     """Judges the units of a model.
 
