@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from intraslice_jax.config import LayerShape
 from intraslice_jax.models.attention import attend_causally
 from intraslice_jax.models.decoder import Block
 from intraslice_jax.models.mlp import inner_activations
@@ -30,6 +31,10 @@ class AttentionMoments(NamedTuple):
     """Sum of y_h^T y_h for the o-projection's input y."""
     pair_scores: Float[Array, "heads qk"]
     """Sum of |q_c k_c| per query head and channel, after RoPE."""
+    rest_query_gram: Float[Array, "heads rest rest"]
+    """Sum of q_h^T q_h over the channels that are not rotated."""
+    rest_key_gram: Float[Array, "kv rest rest"]
+    """Sum of k^T k over them."""
 
 
 class MapMoments(NamedTuple):
@@ -47,6 +52,19 @@ class GramMoments(NamedTuple):
 
     gram: Float[Array, "channels channels"]
     total: Float[Array, " channels"]
+
+
+def empty_attention_moments(shape: LayerShape) -> AttentionMoments:
+    """An empty accumulator for the attention of a layer."""
+    heads, kv, v, qk = shape.num_attention_heads, shape.num_key_value_heads, shape.v_head_dim, shape.qk_head_dim
+    rest = qk - shape.rotary_dim
+    return zeros_like_moments(
+        AttentionMoments,
+        head_gram=(heads, v, v),
+        pair_scores=(heads, qk),
+        rest_query_gram=(heads, rest, rest),
+        rest_key_gram=(kv, rest, rest),
+    )
 
 
 def empty_map_moments(inputs: int, targets: int) -> MapMoments:
@@ -93,10 +111,14 @@ def add_attention(
     attention = block.attention
     q, k, v = attention.project(block.input_norm(x), rope)
     y = attention.mix_projected(q, k, v).astype(jnp.float32)
-    k = k[:, :, jnp.asarray(attention.query_to_kv)]
+    q, k = q.astype(jnp.float32), k.astype(jnp.float32)
+    rotary_dim = 2 * attention.rope_pairs.shape[-1]
+    rest_q, rest_k = q[..., rotary_dim:], k[..., rotary_dim:]
     return AttentionMoments(
         moments.head_gram + _product("bthv,bthw->hvw", y, y),
-        moments.pair_scores + jnp.abs(q.astype(jnp.float32) * k.astype(jnp.float32)).sum((0, 1)),
+        moments.pair_scores + jnp.abs(q * k[:, :, jnp.asarray(attention.query_to_kv)]).sum((0, 1)),
+        moments.rest_query_gram + _product("bthv,bthw->hvw", rest_q, rest_q),
+        moments.rest_key_gram + _product("bthv,bthw->hvw", rest_k, rest_k),
     )
 
 
@@ -125,20 +147,20 @@ def add_kept_attention(
     x: Float[Array, "batch seq hidden"],
     rope: RopeTable,
     heads: Int[Array, " kept"],
-    channels: Int[Array, "kept width"],
+    query_maps: Float[Array, "kept qk width"],
+    key_maps: Float[Array, "kept qk width"],
 ) -> MapMoments:
     """Adds a batch to the moments of the attention re-run with what is kept (docs/method.md 2.3).
 
-    Inputs are y' of the kept heads with the kept query/key channels (`channels` of each kept head), targets are
-    the full attention's y on the same x.
+    Inputs are y' of the kept heads, whose queries and keys went through a map each (RoPE done), targets are the
+    full attention's y on the same x.
     """
     attention = block.attention
     q, k, v = attention.project(block.input_norm(x), rope)
     full = _flat(attention.mix_projected(q, k, v))
     kv = jnp.asarray(attention.query_to_kv)[heads]
-    index = channels[None, None]
-    kept_q = jnp.take_along_axis(q[:, :, heads], index, -1)
-    kept_k = jnp.take_along_axis(k[:, :, kv], index, -1)
+    kept_q = jnp.einsum("bthk,hkw->bthw", q[:, :, heads], query_maps.astype(q.dtype))
+    kept_k = jnp.einsum("bthk,hkw->bthw", k[:, :, kv], key_maps.astype(k.dtype))
     every = tuple(range(heads.shape[0]))
     kept = attend_causally(kept_q, kept_k, v[:, :, kv], every, attention.scale, attention.sliding_window)
     return _add_pair(moments, _flat(kept), full)

@@ -6,12 +6,13 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from intraslice_jax.calibrate.statistics import MapMoments
+from intraslice_jax.calibrate.statistics import AttentionMoments, MapMoments
 from intraslice_jax.config import LayerShape
 from intraslice_jax.prune.compensation import Compensation, Sums, relative_error, ridge
 from intraslice_jax.prune.linalg import eigh_descending, to_solver
@@ -25,8 +26,16 @@ class AttentionPlan:
     heads: tuple[int, ...]
     query_to_kv: tuple[int, ...]
     """The KV head of each kept query head, numbered as before pruning."""
-    qk_width: int
+    rotary_width: int
+    """Rotated query/key channels, two per RoPE pair."""
+    rest_width: int
+    """Query/key channels that are not rotated."""
     v_width: int
+
+    @property
+    def qk_width(self) -> int:
+        """Channels of a query or key head."""
+        return self.rotary_width + self.rest_width
 
     @property
     def kv_heads(self) -> tuple[int, ...]:
@@ -49,7 +58,7 @@ class AttentionPlan:
             shape,
             query_to_kv=self.local_query_to_kv,
             qk_head_dim=self.qk_width,
-            rotary_dim=self.qk_width,
+            rotary_dim=self.rotary_width,
             v_head_dim=self.v_width,
         )
 
@@ -107,24 +116,80 @@ def plan_heads(energies: HeadEnergies, kept_channels: int) -> tuple[np.ndarray, 
     return np.sort(np.asarray(order)), max(2, min(even, full))
 
 
-def select_pairs(
-    pair_scores: Float[Array, "heads qk"] | np.ndarray, plan: AttentionPlan, rotary_dim: int
-) -> Int[np.ndarray, "kv width"]:
-    """Query/key channels to keep for each kept KV head: the best RoPE pairs of its group (docs/method.md 2.2).
+def plan_widths(width: int, shape: LayerShape) -> tuple[int, int]:
+    """Rotated and other query/key channels of a head of a common width, in the proportion they had."""
+    width = min(width, shape.qk_head_dim)
+    rest = shape.qk_head_dim - shape.rotary_dim
+    pairs = math.floor(width * shape.rotary_dim / shape.qk_head_dim / 2 + 0.5)
+    rotary = min(max(2 * pairs, width - rest), shape.rotary_dim, width - width % 2)
+    return rotary, width - rotary
 
-    Returns:
-        Channel indices [kept KV heads, qk_width]; the first half are the pairs' first members, ascending, the
-        second half their partners.
-    """
+
+class QueryKeyMaps(NamedTuple):
+    """What queries and keys of each kept KV head are multiplied with, after RoPE (docs/method.md 2.2)."""
+
+    query: Float[Array, "kv qk width"]
+    key: Float[Array, "kv qk width"]
+    pairs: Int[np.ndarray, "kv pairs"]
+    """Kept RoPE pairs, ascending, numbered as in the layer before pruning."""
+
+
+def query_key_maps(moments: AttentionMoments, plan: AttentionPlan, shape: LayerShape) -> QueryKeyMaps:
+    """Selects the best RoPE pairs of each group, and projects what is not rotated (docs/method.md 2.2)."""
+    pairs = select_pairs(np.asarray(moments.pair_scores), plan, shape.rotary_dim)
+    half, rest = shape.rotary_dim // 2, shape.qk_head_dim - shape.rotary_dim
+    channels = np.concatenate([pairs, pairs + half], 1)
+    selection = np.zeros((len(pairs), shape.qk_head_dim, plan.qk_width))
+    np.put_along_axis(selection, channels[:, None], 1.0, 1)  # column j picks channel channels[:, j]
+    query = key = jnp.asarray(selection)
+    if plan.rest_width:
+        to_kv = np.asarray(plan.query_to_kv)
+        query_gram = to_solver(moments.rest_query_gram)[np.asarray(plan.heads)]
+        groups = jnp.stack([query_gram[to_kv == kv].sum(0) for kv in plan.kv_heads])
+        keys = to_solver(moments.rest_key_gram)[np.asarray(plan.kv_heads)]
+        left, right = (
+            (jnp.broadcast_to(jnp.eye(rest), groups.shape),) * 2
+            if plan.rest_width == rest
+            else product_bases(groups, keys, plan.rest_width)
+        )
+        query = query.at[:, shape.rotary_dim :, plan.rotary_width :].set(left)
+        key = key.at[:, shape.rotary_dim :, plan.rotary_width :].set(right)
+    return QueryKeyMaps(query, key, pairs)
+
+
+def select_pairs(
+    pair_scores: Float[np.ndarray, "heads qk"], plan: AttentionPlan, rotary_dim: int
+) -> Int[np.ndarray, "kv pairs"]:
+    """The best RoPE pairs of each kept KV head's group, ascending (docs/method.md 2.2)."""
     half = rotary_dim // 2
     scores = np.asarray(pair_scores, np.float64)[list(plan.heads)]
     scores = scores[:, :half] + scores[:, half:rotary_dim]
-    chosen = []
-    for kv in plan.kv_heads:
-        group = scores[np.asarray(plan.query_to_kv) == kv].sum(0)
-        pairs = np.sort(np.argsort(-group, kind="stable")[: plan.qk_width // 2])
-        chosen.append(np.concatenate([pairs, pairs + half]))
-    return np.asarray(chosen, np.int32)
+    groups = [scores[np.asarray(plan.query_to_kv) == kv].sum(0) for kv in plan.kv_heads]
+    best = [np.sort(np.argsort(-group, kind="stable")[: plan.rotary_width // 2]) for group in groups]
+    return np.asarray(best, np.int32)
+
+
+def product_bases(
+    query_gram: Float[Array, "kv rest rest"], key_gram: Float[Array, "kv rest rest"], width: int
+) -> tuple[Float[Array, "kv rest width"], Float[Array, "kv rest width"]]:
+    """Maps A, B for which Q A (K B)^T is the best approximation of Q K^T of rank `width`.
+
+    With Q = U_q C_q^1/2 and K = U_k C_k^1/2 the truncated SVD of C_q^1/2 C_k^1/2 is that of Q K^T.
+    """
+    (root_q, inverse_q), (root_k, inverse_k) = _roots(query_gram), _roots(key_gram)
+    left, values, right = jnp.linalg.svd(root_q @ root_k)
+    scale = jnp.sqrt(values[:, None, :width])
+    return inverse_q @ left[:, :, :width] * scale, inverse_k @ right.swapaxes(1, 2)[:, :, :width] * scale
+
+
+def _roots(grams: Float[Array, "kv n n"]) -> tuple[Array, Array]:
+    """Symmetric square roots and their pseudo-inverses."""
+    values, vectors = eigh_descending(grams)
+    safe = values > values[:, :1] * values.shape[1] * jnp.finfo(values.dtype).eps
+    root = jnp.sqrt(jnp.where(safe, values, 0.0))
+    inverse = jnp.where(safe, 1 / jnp.where(safe, root, 1.0), 0.0)
+    transposed = vectors.swapaxes(1, 2)
+    return vectors * root[:, None] @ transposed, vectors * inverse[:, None] @ transposed
 
 
 def value_bases(kept_gram: Float[Array, "inputs inputs"], plan: AttentionPlan) -> Float[Array, "kv v width"]:
@@ -145,18 +210,18 @@ def fuse_attention(
     arrays: Mapping[str, Array],
     shape: LayerShape,
     plan: AttentionPlan,
-    channels: Int[np.ndarray, "kv width"],
+    maps: QueryKeyMaps,
     moments: MapMoments,
     tokens: int,
     damping: float,
 ) -> PrunedAttention:
-    """Small attention weights: channels selected, value basis and ridge map fused (docs/method.md 2.2, 2.3).
+    """Small attention weights: query/key maps, value basis and ridge map fused (docs/method.md 2.2, 2.3).
 
     Args:
         arrays: the module's weights by name (`q_proj` [hidden, heads, qk], ...).
         shape: the layer before pruning.
         plan: kept heads and widths.
-        channels: kept query/key channels per kept KV head.
+        maps: of the queries and keys of each kept KV head.
         moments: of the kept heads' y' against the full y.
         tokens: how many tokens the moments sum over.
         damping: relative ridge damping.
@@ -174,27 +239,16 @@ def fuse_attention(
     fit: Compensation = ridge(gram, cross, damping, sums)
     error = relative_error(fit, gram, cross, to_solver(moments.target_gram), o_proj, sums)
 
-    new = {
-        "q_proj": _select(arrays["q_proj"], heads, channels[local]),
-        "k_proj": _select(arrays["k_proj"], kv_heads, channels),
-        "v_proj": jnp.einsum("dhv,hvw->dhw", to_solver(arrays["v_proj"][:, jnp.asarray(kv_heads)]), basis),
-        "o_proj": (fit.weights @ o_proj).reshape(len(heads), plan.v_width, -1),
-        "rope_pairs": jnp.take_along_axis(
-            arrays["rope_pairs"][jnp.asarray(kv_heads)], jnp.asarray(channels[:, : plan.qk_width // 2]), 1
-        ),
-    }
-    if "q_bias" in arrays:
-        new["q_bias"] = _select(arrays["q_bias"][None], heads, channels[local])[0]
-        new["k_bias"] = _select(arrays["k_bias"][None], kv_heads, channels)[0]
-        new["v_bias"] = jnp.einsum("hv,hvw->hw", to_solver(arrays["v_bias"][jnp.asarray(kv_heads)]), basis)
+    kept_q, kept_kv, to_kv = jnp.asarray(heads), jnp.asarray(kv_heads), jnp.asarray(local)
+    new = {"o_proj": (fit.weights @ o_proj).reshape(len(heads), plan.v_width, -1)}
+    for name, kept, head_maps in (("q", kept_q, maps.query[to_kv]), ("k", kept_kv, maps.key), ("v", kept_kv, basis)):
+        new[f"{name}_proj"] = jnp.einsum("dhk,hkw->dhw", to_solver(arrays[f"{name}_proj"][:, kept]), head_maps)
+        if f"{name}_bias" in arrays:
+            new[f"{name}_bias"] = jnp.einsum("hk,hkw->hw", to_solver(arrays[f"{name}_bias"][kept]), head_maps)
+    new["rope_pairs"] = jnp.take_along_axis(arrays["rope_pairs"][kept_kv], jnp.asarray(maps.pairs), 1)
     if fit.offset is not None:
         new["o_bias"] = to_solver(arrays["o_bias"]) + fit.offset @ o_proj
     return PrunedAttention(new, plan.shape_of(shape), plan.heads, error, {"solver": fit.method})
-
-
-def _select(kernel: Array, heads: list[int], channels: np.ndarray) -> Array:
-    """kernel[:, heads[i], channels[i]] of a [rows, heads, width] array."""
-    return jnp.take_along_axis(kernel[:, jnp.asarray(heads)], jnp.asarray(channels)[None], -1)
 
 
 def _block_diagonal(blocks: Float[Array, "heads v width"]) -> Float[Array, "inputs outputs"]:

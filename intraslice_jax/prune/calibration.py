@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from intraslice_jax.calibrate import statistics
 from intraslice_jax.calibrate.statistics import (
@@ -83,25 +83,32 @@ class AttentionCalibration:
 
     def head_moments(self) -> AttentionMoments:
         """Per-head second moments of the o-projection's input, and query-key scores."""
-        heads, v, qk = self.shape.num_attention_heads, self.shape.v_head_dim, self.shape.qk_head_dim
-        moments = zeros_like_moments(AttentionMoments, head_gram=(heads, v, v), pair_scores=(heads, qk))
+        moments = statistics.empty_attention_moments(self.shape)
         for x in self.stream.batches:
             moments = statistics.add_attention(moments, self.block, x, self.stream.rope)
         return check_finite(self.index, "attention", moments)
 
-    def kept_moments(self, heads: tuple[int, ...], channels: Int[np.ndarray, "kept width"]) -> MapMoments:
-        """Moments of the attention re-run with some query heads and query/key channels, against the full one.
+    def kept_moments(
+        self,
+        heads: tuple[int, ...],
+        query_maps: Float[Array, "kept qk width"],
+        key_maps: Float[Array, "kept qk width"],
+    ) -> MapMoments:
+        """Moments of the attention re-run with some query heads and mapped queries and keys, against the full one.
 
         Args:
             heads: kept query heads.
-            channels: kept query/key channels of each of them.
+            query_maps: of each of them, for its rotated queries.
+            key_maps: of each of them, for the rotated keys it reads.
         """
         v = self.shape.v_head_dim
         inputs, targets = len(heads) * v, self.shape.num_attention_heads * v
         moments = empty_map_moments(inputs, targets)
-        index, per_head = jnp.asarray(heads), jnp.asarray(channels)
+        index = jnp.asarray(heads)
         for x in self.stream.batches:
-            moments = statistics.add_kept_attention(moments, self.block, x, self.stream.rope, index, per_head)
+            moments = statistics.add_kept_attention(
+                moments, self.block, x, self.stream.rope, index, query_maps, key_maps
+            )
         return check_finite(self.index, "attention", moments)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 import numpy as np
 
-from intraslice_jax.prune.attention import AttentionPlan, HeadEnergies, fuse_attention, select_pairs
+from intraslice_jax.prune.attention import AttentionPlan, HeadEnergies, fuse_attention, plan_widths, query_key_maps
 from intraslice_jax.prune.calibration import AttentionCalibration, MLPCalibration
 from intraslice_jax.prune.heads import choose_heads
 from intraslice_jax.prune.iterative import IterativeSettings
@@ -32,7 +33,7 @@ class IntraSlice:
 
         def plan_for(heads: np.ndarray, width: int) -> AttentionPlan:
             kept = tuple(int(h) for h in heads)
-            return AttentionPlan(kept, tuple(shape.query_to_kv[h] for h in kept), min(width, shape.qk_head_dim), width)
+            return AttentionPlan(kept, tuple(shape.query_to_kv[h] for h in kept), *plan_widths(width, shape), width)
 
         def cost(heads: np.ndarray, width: int) -> int:
             return layer.model.attention_parameters(plan_for(heads, width).shape_of(shape))
@@ -42,10 +43,12 @@ class IntraSlice:
         plan = plan_for(*choose_heads(energies, budget, shape.query_to_kv, grouping, cost, allowed))
         if plan.keeps_all(shape):
             return PrunedAttention(arrays, shape, plan.heads, 0.0, {"solver": "none"})  # the ridge would still damp it
-        channels = select_pairs(np.asarray(moments.pair_scores), plan, shape.rotary_dim)
-        kept = layer.kept_moments(plan.heads, channels[list(plan.local_query_to_kv)])
         with solver_precision():
-            return fuse_attention(arrays, shape, plan, channels, kept, layer.tokens, layer.config.damping)
+            maps = query_key_maps(moments, plan, shape)
+            per_head = [np.asarray(m, np.float32)[list(plan.local_query_to_kv)] for m in (maps.query, maps.key)]
+        kept = layer.kept_moments(plan.heads, *map(jnp.asarray, per_head))
+        with solver_precision():
+            return fuse_attention(arrays, shape, plan, maps, kept, layer.tokens, layer.config.damping)
 
     def prune_mlp(self, layer: MLPCalibration, keep: int) -> PrunedMLP:
         """Channel selection and compensation, or learned mixtures where they are wanted and better."""

@@ -5,9 +5,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from intraslice_jax.config import PruneConfig
+from intraslice_jax.config import LayerShape, PruneConfig
 from intraslice_jax.models.decoder import block_from_arrays, decoder_to_arrays
-from intraslice_jax.prune.attention import AttentionPlan, HeadEnergies, plan_heads, select_pairs
+from intraslice_jax.prune.attention import (
+    AttentionPlan,
+    HeadEnergies,
+    plan_heads,
+    plan_widths,
+    product_bases,
+    select_pairs,
+)
 from intraslice_jax.prune.attention import value_bases as value_bases_of
 from intraslice_jax.prune.calibration import AttentionCalibration, ResidualStream
 from intraslice_jax.prune.intraslice import IntraSlice
@@ -99,17 +106,47 @@ def test_pairs_are_chosen_per_group_of_kept_heads(seed, width, data):
     to_kv = data.draw(st.sampled_from([(0, 1, 2, 3), (0, 0, 1, 1), (0, 0, 0, 1, 2, 2), (0, 0, 0, 0)]))
     heads = data.draw(st.sets(st.integers(0, len(to_kv) - 1), min_size=1).map(sorted))
     scores = np.random.default_rng(seed).random((len(to_kv), 8))
-    kept = AttentionPlan(tuple(heads), tuple(to_kv[h] for h in heads), width, width)
-    channels = select_pairs(scores, kept, 8)
+    kept = AttentionPlan(tuple(heads), tuple(to_kv[h] for h in heads), width, 0, width)
+    pairs = select_pairs(scores, kept, 8)
     expected = reference.select_pairs(scores, to_kv, heads, width, 4)
     assert kept.kv_heads == tuple(expected)
-    assert channels.tolist() == list(expected.values())
+    assert np.concatenate([pairs, pairs + 4], 1).tolist() == list(expected.values())
     assert [kept.kv_heads[j] for j in kept.local_query_to_kv] == list(kept.query_to_kv)
+
+
+@pytest.mark.parametrize("width", [1, 3, 6])
+def test_unrotated_products_are_approximated_as_well_as_their_rank_allows(width):
+    rng = np.random.default_rng(width)
+    mixing = rng.standard_normal((2, 6, 6)) * np.exp(rng.standard_normal((2, 1, 6)))
+    q, k = rng.standard_normal((2, 40, 6)) @ mixing, rng.standard_normal((2, 30, 6)) @ mixing
+    k[1, :, 2] = 0  # a dead channel
+    with solver_precision():
+        grams = (jnp.asarray(x.swapaxes(1, 2) @ x) for x in (q, k))
+        left, right = map(np.asarray, product_bases(*grams, width))
+    for head in range(2):
+        product = q[head] @ k[head].T
+        values = np.linalg.svd(product)[1]
+        error = product - q[head] @ left[head] @ (k[head] @ right[head]).T
+        np.testing.assert_allclose(np.square(error).sum(), np.square(values[width:]).sum(), atol=1e-8 * values[0] ** 2)
+
+
+@settings(max_examples=50, deadline=None)
+@given(pairs=st.integers(0, 8), rest=st.integers(0, 16), data=st.data())
+def test_widths_keep_the_proportion_of_rotated_channels(pairs, rest, data):
+    full = 2 * pairs + rest
+    if full < 2:
+        return
+    width = data.draw(st.integers(1, full // 2).map(lambda half: 2 * half))
+    rotary, other = plan_widths(width, LayerShape((0,), full, 2 * pairs, full, 8))
+    assert (rotary + other, rotary % 2) == (width, 0)
+    assert 0 <= rotary <= 2 * pairs
+    assert 0 <= other <= rest
+    assert abs(rotary - width * 2 * pairs / full) <= 2
 
 
 def test_value_bases_span_the_strongest_directions_of_each_group():
     rng = np.random.default_rng(0)
-    kept = AttentionPlan((0, 2, 3, 5), (0, 1, 1, 4), 8, 4)
+    kept = AttentionPlan((0, 2, 3, 5), (0, 1, 1, 4), 8, 0, 4)
     y = rng.standard_normal((50, 4, 8)) * np.exp(rng.standard_normal((1, 4, 8)))
     with solver_precision():
         flat = jnp.asarray(y.reshape(50, -1))

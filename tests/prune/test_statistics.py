@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from intraslice_jax.calibrate import statistics
-from intraslice_jax.calibrate.statistics import AttentionMoments, GramMoments, MapMoments, zeros_like_moments
+from intraslice_jax.calibrate.statistics import GramMoments, MapMoments, zeros_like_moments
 from intraslice_jax.models.decoder import decoder_to_arrays
 from tests.prune import reference
 from tests.prune.flavours import FLAVOURS, make
@@ -37,11 +37,6 @@ def close(actual, expected, tolerance=3e-5):
     np.testing.assert_allclose(np.asarray(actual), expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
-def empty_attention(shape):
-    heads, v = shape.num_attention_heads, shape.v_head_dim
-    return zeros_like_moments(AttentionMoments, head_gram=(heads, v, v), pair_scores=(heads, shape.qk_head_dim))
-
-
 def empty_map(inputs, targets):
     square, shapes = (targets, targets), {"gram": (inputs, inputs), "cross": (inputs, targets)}
     return zeros_like_moments(MapMoments, **shapes, target_gram=square, input_sum=(inputs,), target_sum=(targets,))
@@ -55,13 +50,18 @@ def empty_gram(channels):
 @pytest.mark.parametrize(("flavour", "layer", "seq"), [(*case, SEQ) for case in EVERY_LAYER] + [("window", 0, 140)])
 def test_attention_moments(flavour, layer, seq):
     model, block, expected = both(flavour, layer)
-    moments, xs = empty_attention(model.config.layers[layer]), batches(seq)
+    moments, xs = statistics.empty_attention_moments(model.config.layers[layer]), batches(seq)
     for x in xs:
         moments = statistics.add_attention(moments, block, x, model.decoder.rope_for(seq))
     q, k, v = expected.queries_keys_values(together(xs))
     y = expected.attend(q, k, v)
     close(moments.head_gram, np.einsum("bthv,bthw->hvw", y, y))
     close(moments.pair_scores, np.abs(q * k).sum((0, 1)))
+    rotary, to_kv = model.config.layers[layer].rotary_dim, np.asarray(model.config.layers[layer].query_to_kv)
+    rest_k = k[:, :, [list(to_kv).index(kv) for kv in range(to_kv[-1] + 1)], rotary:]  # k comes per query head
+    for gram, rest in ((moments.rest_query_gram, q[..., rotary:]), (moments.rest_key_gram, rest_k)):
+        if rest.size:
+            close(gram, np.einsum("bthv,bthw->hvw", rest, rest))
 
 
 @pytest.mark.parametrize(("flavour", "layer"), EVERY_LAYER)
@@ -77,10 +77,12 @@ def test_moments_of_the_attention_run_again_with_what_is_kept(flavour, layer):
         channels[kv] = [*pairs, *(p + half for p in pairs)]
         selection = np.eye(shape.qk_head_dim)[:, channels[kv]]
         projections.qk[kv] = selection @ selection.T
-    index = jnp.asarray(heads), jnp.asarray([channels[shape.query_to_kv[h]] for h in heads])
+    maps = jnp.asarray([np.eye(shape.qk_head_dim)[:, channels[shape.query_to_kv[h]]] for h in heads], jnp.float32)
     moments, xs = empty_map(len(heads) * v, n * v), batches()
     for x in xs:
-        moments = statistics.add_kept_attention(moments, block, x, model.decoder.rope_for(SEQ), *index)
+        moments = statistics.add_kept_attention(
+            moments, block, x, model.decoder.rope_for(SEQ), jnp.asarray(heads), maps, maps
+        )
     full = flat(expected.mixed(together(xs), expected.dense()))
     kept = flat(expected.mixed(together(xs), projections)).reshape(-1, n, v)[:, heads].reshape(len(full), -1)
     assert np.abs(kept - full.reshape(-1, n, v)[:, heads].reshape(len(full), -1)).max() > 0.01
