@@ -120,7 +120,7 @@ def test_sums_are_float32_where_the_model_is_bfloat16():
     model = make("gqa", dtype=jnp.bfloat16)
     block, rope, shape = model.decoder.layers[0], model.decoder.rope_for(SEQ), model.config.layers[0]
     xs = batches(dtype=jnp.bfloat16)
-    first, last = empty_attention(shape), empty_gram(shape.intermediate_size)
+    first, last = statistics.empty_attention_moments(shape), empty_gram(shape.intermediate_size)
     ys, zs = [], []
     for x in xs:
         first = statistics.add_attention(first, block, x, rope)
