@@ -140,7 +140,7 @@ def query_key_maps(moments: AttentionMoments, plan: AttentionPlan, shape: LayerS
     half, rest = shape.rotary_dim // 2, shape.qk_head_dim - shape.rotary_dim
     channels = np.concatenate([pairs, pairs + half], 1)
     selection = np.zeros((len(pairs), shape.qk_head_dim, plan.qk_width))
-    np.put_along_axis(selection, channels[:, None], 1.0, 1)  # column j picks channel channels[:, j]
+    np.put_along_axis(selection[..., : plan.rotary_width], channels[:, None], 1.0, 1)  # column j picks channels[:, j]
     query = key = jnp.asarray(selection)
     if plan.rest_width:
         to_kv = np.asarray(plan.query_to_kv)

@@ -19,6 +19,8 @@ FLAVOURS = {
     "ragged": ((LayerShape((0, 0, 0, 1, 2, 2), 6, 6, 6, 24), LayerShape((0, 1, 1), 8, 8, 8, 16)), {}),
     "biases": ((GQA, GQA), BIASES),
     "window": ((dataclasses.replace(GQA, sliding_window=5),) * 2, {}),
+    # Half of each query/key head is not rotated, as in Phi.
+    "partial": ((dataclasses.replace(GQA, rotary_dim=4),) * 2, {"rotary_dim": 4}),
     "phi": (
         (LayerShape((0, 1, 2, 3), 8, 8, 8, 24),) * 2,
         BIASES | {"norm": "layer", "parallel_block": True, "gated_mlp": False, "hidden_act": "gelu_new"},
@@ -37,12 +39,14 @@ def make(
     """A model with random weights, biases and RoPE pairs; `layers` repeats `shape` or the first layer's."""
     shapes, extra = FLAVOURS[flavour]
     shapes = (shape or shapes[0],) * layers or shapes
-    config = ModelConfig(flavour, VOCAB, 16, 8, 8, shapes, max_position_embeddings=256, **(extra | changes))
+    options = {"rotary_dim": 8, "max_position_embeddings": 256} | extra | changes
+    config = ModelConfig(flavour, VOCAB, 16, 8, layers=shapes, **options)
     rng = np.random.default_rng(seed)
     arrays = {}
     for name, abstract in abstract_arrays(config).items():
         if name.endswith("rope_pairs"):
-            rows = [np.sort(rng.permutation(4)[: abstract.shape[1]]) for _ in range(abstract.shape[0])]
+            every = config.rotary_dim // 2
+            rows = [np.sort(rng.permutation(every)[: abstract.shape[1]]) for _ in range(abstract.shape[0])]
             arrays[name] = np.asarray(rows, np.int32)
         else:
             arrays[name] = _random(rng, name, abstract.shape).astype(dtype)

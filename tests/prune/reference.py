@@ -1,7 +1,7 @@
 """IntraSlice in float64 numpy and full-size matrices: slow, and written from the method, not from the library.
 
-Nothing here becomes smaller. A pruned layer is the dense layer with projections multiplied in between: one on the
-rotated queries and keys of each KV head, one [n_q v, n_q v] matrix before the o-projection, one [I, I] matrix
+Nothing here becomes smaller. A pruned layer is the dense layer with projections multiplied in between: one between
+the (rotated) queries and keys of each KV head, one [n_q v, n_q v] matrix before the o-projection, one [I, I] matrix
 before the down-projection.
 """
 
@@ -68,6 +68,20 @@ def select_pairs(pair_scores, to_kv, heads, width, half):
         best = sorted(sorted(range(half), key=lambda p: (-score[p], p))[: width // 2])
         chosen[kv] = [*best, *(p + half for p in best)]
     return chosen
+
+
+def split_width(width, rotary, full):
+    """Rotated and other channels of a query/key head of a smaller width, as near to the old proportion as pairs go."""
+    possible = [2 * p for p in range(rotary // 2 + 1) if 0 <= width - 2 * p <= full - rotary]
+    best = min(possible, key=lambda kept: (abs(kept - width * rotary / full), -kept))
+    return best, width - best
+
+
+def product_projection(queries, keys, rank):
+    """P with queries P keys^T the best approximation of that rank of queries keys^T, by the SVD of the product."""
+    left, values, right = np.linalg.svd(queries @ keys.T, full_matrices=False)
+    truncated = (left[:, :rank] * values[:rank]) @ right[:rank]
+    return np.linalg.pinv(queries) @ truncated @ np.linalg.pinv(keys).T
 
 
 @dataclass
@@ -143,7 +157,7 @@ class Layer:
         """The o-projection's input with projected queries and keys, [batch, seq, heads * v]."""
         q, k, v = self.queries_keys_values(x)
         p = projections.qk[list(self.shape.query_to_kv)]
-        y = self.attend(np.einsum("bthk,hkl->bthl", q, p), np.einsum("bthk,hkl->bthl", k, p), v)
+        y = self.attend(np.einsum("bthk,hkl->bthl", q, p), k, v)
         return y.reshape(*y.shape[:2], -1)
 
     def attention(self, x, projections):
@@ -185,13 +199,20 @@ class Layer:
         y = self.attend(q, k, values)
         grams = np.einsum("bthv,bthw->hvw", y, y)
         heads, width = plan_heads(o_proj, grams, n * v - round(n * v * ratio))
-        qk_width = min(width, shape.qk_head_dim)
+        rotary, rest = split_width(min(width, shape.qk_head_dim), shape.rotary_dim, shape.qk_head_dim)
         scores = np.abs(q * k).sum((0, 1))
         found.heads = heads
-        found.channels = select_pairs(scores, to_kv, heads, qk_width, shape.rotary_dim // 2)
+        found.channels = select_pairs(scores, to_kv, heads, rotary, shape.rotary_dim // 2)
         for kv, channels in found.channels.items():
             selection = np.eye(shape.qk_head_dim)[:, channels]
             found.qk[kv] = selection @ selection.T
+            if shape.rotary_dim < shape.qk_head_dim:
+                group = [h for h in heads if to_kv[h] == kv]
+                queries, keys = (
+                    a[..., shape.rotary_dim :].reshape(-1, shape.qk_head_dim - shape.rotary_dim)
+                    for a in (q[:, :, group], k[:, :, group[:1]])
+                )
+                found.qk[kv][shape.rotary_dim :, shape.rotary_dim :] = product_projection(queries, keys, rest)
         again = self.mixed(x, found).reshape(-1, n, v)
         basis = np.zeros((n * v, len(heads) * width))
         for i, h in enumerate(heads):

@@ -142,7 +142,7 @@ def _taps(block, x, rope):
 
 def test_an_accumulator_is_used_up():
     model = make("gqa")
-    moments = empty_attention(model.config.layers[0])
+    moments = statistics.empty_attention_moments(model.config.layers[0])
     statistics.add_attention(moments, model.decoder.layers[0], batches()[0], model.decoder.rope_for(SEQ))
     assert moments.head_gram.is_deleted()
 
@@ -155,7 +155,7 @@ def test_traced_once_per_distinct_shape():
     for block, shape in zip(model.decoder.layers, model.config.layers, strict=True):
         rope = model.decoder.rope_for(seq)
         for _ in range(2):
-            statistics.add_attention(empty_attention(shape), block, x, rope)
+            statistics.add_attention(statistics.empty_attention_moments(shape), block, x, rope)
             statistics.attend_and_add_mlp(empty_gram(shape.intermediate_size), block, x, rope)
     assert statistics.add_attention._cache_size() == before[0] + 1
     assert statistics.attend_and_add_mlp._cache_size() == before[1] + 1
