@@ -14,7 +14,8 @@ from intraslice_jax.cli import find_commands, main
 from tests.conftest import ROOT
 from tests.tiny import tiny_config, tiny_text, tiny_weights, write_json, write_tiny_llama
 
-SMALL = ("--samples", "4", "--sequence-length", "64", "--align", "2")
+# The same sizes everywhere, so that few shapes are compiled.
+SMALL = ("--samples", "4", "--sequence-length", "64", "--align", "2", "--sparsity", "0.25")
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def source(tmp_path_factory):
 def checkpoint(source):
     """The tiny model, pruned by the command."""
     out = source / "pruned"
-    assert main(["prune", str(source / "model"), "-o", str(out), *calibrated(source), "--sparsity", "0.25"]) == 0
+    assert main(["prune", str(source / "model"), "-o", str(out), *calibrated(source)]) == 0
     return out
 
 
@@ -95,28 +96,14 @@ def test_the_settings_of_a_run_are_a_config_for_the_next(checkpoint, source, tmp
 
 
 def test_the_command_line_is_stronger_than_the_file(source, tmp_path):
-    (tmp_path / "c.yaml").write_text("sparsity: 0.5\nsamples: 3\nsequence_length: 32\n")
-    out = tmp_path / "out"
-    text = ["--calibration", str(source / "text.txt")]
-    assert (
-        main(
-            [
-                "prune",
-                str(source / "model"),
-                f"--output={out}",
-                "--config",
-                str(tmp_path / "c.yaml"),
-                *text,
-                "--samples",
-                "2",
-            ]
-        )
-        == 0
-    )
+    config, out = tmp_path / "c.yaml", tmp_path / "out"
+    config.write_text("sparsity: 0.25\nalign: 2\nsamples: 3\nsequence_length: 64\n")
+    text = ["--calibration", str(source / "text.txt"), "--samples", "4"]
+    assert main(["prune", str(source / "model"), f"--output={out}", "--config", str(config), *text]) == 0
     settings = json.loads((out / "report.json").read_text())["settings"]
-    assert settings["prune"]["sparsity"] == 0.5
-    assert settings["calibrate"]["samples"] == 2
-    assert settings["calibrate"]["sequence_length"] == 32
+    assert settings["prune"]["sparsity"] == 0.25
+    assert settings["calibrate"]["samples"] == 4
+    assert settings["calibrate"]["sequence_length"] == 64
 
 
 def test_calibration_files_may_be_listed_or_repeated(source, tmp_path):
@@ -311,8 +298,7 @@ def test_an_error_that_nobody_foresaw_keeps_its_traceback(source, tmp_path, monk
         main(["convert", str(source / "model"), str(tmp_path / "out")])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_leaves_nothing(source, tmp_path, number):
+def test_an_interrupted_run_leaves_nothing(source, tmp_path):
     model = write_tiny_llama(tmp_path / "m", num_hidden_layers=20)
     out = tmp_path / "out"
     # SIGINT is ignored in what a background shell starts; a person's terminal does not.
@@ -330,7 +316,7 @@ def test_an_interrupted_run_leaves_nothing(source, tmp_path, number):
     )
     assert process.stderr is not None
     assert process.stderr.readline().startswith("[1/20]")
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 1, stderr
     lines = [line for line in stderr.splitlines() if not line.startswith("[")]
@@ -339,3 +325,15 @@ def test_an_interrupted_run_leaves_nothing(source, tmp_path, number):
     assert str(out) in lines[0]
     assert stdout == ""
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m"]
+
+
+def test_termination_is_an_interruption(refuse, source, tmp_path, monkeypatch):
+    import intraslice_jax.io.checkpoint
+
+    def terminated(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(intraslice_jax.io.checkpoint.ocp, "save", terminated)
+    refuse("convert", source / "model", tmp_path / "out", code=1, says=("interrupted", str(tmp_path / "out")))
+    assert signal.getsignal(signal.SIGTERM) == before
