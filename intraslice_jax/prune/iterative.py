@@ -147,7 +147,7 @@ def _epoch(
     learned: _Columns,
     state: Any,
     pool: dict[str, Array],
-    scale: float,
+    scale: float | Array,
     energy: Array,
     inputs: Array,
     residual: Array,
