@@ -48,7 +48,7 @@ def assert_equals_projections(model, pruned, tokens, config):
     assert np.abs(wanted - dense).max() > 0.05 * np.abs(dense).max()
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("flavour", ["mha", "gqa", "ragged", "biases", "phi", "partial"])
 def test_the_pruned_model_equals_projections_in_the_full_size_model(flavour):
     pruned = pruned_once(flavour)
     assert_equals_projections(make(flavour), pruned, windows(), FINE)
