@@ -29,7 +29,7 @@ class Options:
     output: Output = Path("runs/demo")
     config: Config = None
     overwrite: bool = False
-    windows: int = 12
+    windows: int = 8
     prompt: str = "The river rises in the mountains and"
     max_new_tokens: int = 32
     prune: OmitArgPrefixes[PruneConfig] = field(default_factory=PruneConfig)
