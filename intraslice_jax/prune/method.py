@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array
 
@@ -39,6 +39,7 @@ class PrunedMLP:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
+@runtime_checkable
 class PruningMethod(Protocol):
     """A way to make modules smaller; one class per method.
 
