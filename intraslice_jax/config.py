@@ -261,6 +261,8 @@ class PruneConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
             raise InputError(f"sparsity must be in [0, 1), found {self.sparsity}; 0.3 removes 30 %")
+        if self.damping < 0:
+            raise InputError(f"damping must be 0 or more, found {self.damping}; 0.01 is the paper's")
         if self.align < 1:
             raise InputError(f"align must be at least 1, found {self.align}")
         if not 0 < self.max_ratio <= 1:

@@ -112,8 +112,12 @@ def plan_heads(energies: HeadEnergies, kept_channels: int) -> tuple[np.ndarray, 
         order.pop(0)
     while len(order) > 1 and width(order) < 0.75 * full:
         order.pop(0)
-    even = 2 * math.floor(kept_channels / len(order) / 2 + 0.5)  # of two equally near ones, the wider
-    return np.sort(np.asarray(order)), max(2, min(even, full))
+    return np.sort(np.asarray(order)), even_width(kept_channels, len(order), full)
+
+
+def even_width(kept_channels: int, heads: int, full: int) -> int:
+    """The even width nearest to an equal share of the channels, of two equally near ones the wider."""
+    return max(2, min(2 * math.floor(kept_channels / heads / 2 + 0.5), full))
 
 
 def plan_widths(width: int, shape: LayerShape) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int
 
-from intraslice_jax.prune.attention import HeadEnergies, plan_heads
+from intraslice_jax.prune.attention import HeadEnergies, even_width, plan_heads
 
 Grouping = Literal["ragged", "uniform"]
 
@@ -72,7 +72,7 @@ def plan_grouped_heads(
 
     candidates = [heads for heads in _grouped(energies, query_to_kv) if len(heads) == 1 or width(heads) >= 0.75 * full]
     best = max(candidates, key=lambda heads: energies.of(heads, width(heads)).sum())
-    return best, max(2, min(2 * round(kept_channels / len(best) / 2), full))
+    return best, even_width(kept_channels, len(best), full)
 
 
 def _nested(energies: HeadEnergies) -> Iterator[np.ndarray]:
