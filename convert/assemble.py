@@ -1,13 +1,12 @@
-"""Checkpoint tensors into a decoder, one after the other, every one of them accounted for."""
+"""Checkpoint tensors as our arrays, one after the other, every one of them accounted for."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -16,7 +15,6 @@ from intraslice_jax.convert.families import Family, default_rope_pairs
 from intraslice_jax.convert.mapping import Tensor
 from intraslice_jax.convert.sources import TensorSource
 from intraslice_jax.errors import InputError
-from intraslice_jax.models.decoder import Decoder, decoder_from_arrays
 
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -29,8 +27,8 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _CHUNK = 1 << 24  # elements that the search for NaN looks at in one go
 
 
-def read_decoder(family: Family, config: ModelConfig, source: TensorSource, dtype: str | None) -> Decoder:
-    """A decoder with the checkpoint's weights.
+class CheckpointArrays(Mapping[str, np.ndarray]):
+    """Our arrays by dotted path, each read from the checkpoint and checked when it is asked for.
 
     Args:
         family: how the checkpoint names its tensors.
@@ -39,24 +37,43 @@ def read_decoder(family: Family, config: ModelConfig, source: TensorSource, dtyp
         dtype: one of DTYPES, or None for the one in which most of the checkpoint's numbers are stored.
 
     Raises:
-        InputError: a tensor is missing, left over, misshapen or holds NaN or infinity.
+        InputError: a tensor is missing, left over or misshapen; on access: it holds NaN or infinity.
     """
-    tensors = family.tensors(config)
-    names = _match(tensors, config, source)
-    target = DTYPES[dtype or stored_dtype(source)]
-    arrays: dict[str, jax.Array] = {}
-    for tensor in tensors:
-        name = names[tensor.name]
-        stored = source.read(name)
-        _check_finite(stored, name, source.where)
-        for path, array in tensor.unpack(stored).items():
-            arrays[path] = _place(array, target, name, source.where)
-        del stored
-    if config.tie_word_embeddings and _HEAD in source.dtypes and _EMBEDDING in source.dtypes:
-        _check_tied(source)
-    for path, pairs in default_rope_pairs(config).items():
-        arrays.setdefault(path, jnp.asarray(pairs))
-    return decoder_from_arrays(config, arrays)
+
+    def __init__(self, family: Family, config: ModelConfig, source: TensorSource, dtype: str | None):
+        tensors = family.tensors(config)
+        self._names = _match(tensors, config, source)
+        self._source = source
+        self.dtype = DTYPES[dtype or stored_dtype(source)]
+        self._tensors = {path: tensor for tensor in tensors for path in tensor.shapes}
+        self._pairs = {p: pairs for p, pairs in default_rope_pairs(config).items() if p not in self._tensors}
+        self._fused: tuple[str, np.ndarray] | None = None
+        if config.tie_word_embeddings and _HEAD in source.dtypes and _EMBEDDING in source.dtypes:
+            _check_tied(source)
+
+    def __getitem__(self, path: str) -> np.ndarray:
+        if path in self._pairs:
+            return self._pairs[path]
+        tensor = self._tensors[path]
+        name = self._names[tensor.name]
+        return _cast(tensor.unpack(self._read(tensor, name))[path], self.dtype, name, self._source.where)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._tensors, *self._pairs])
+
+    def __len__(self) -> int:
+        return len(self._tensors) + len(self._pairs)
+
+    def _read(self, tensor: Tensor, name: str) -> np.ndarray:
+        """The stored tensor; a fused one is kept until another is read, as its other parts mostly come next."""
+        if self._fused is not None and self._fused[0] == name:
+            return self._fused[1]
+        self._fused = None
+        stored = self._source.read(name)
+        _check_finite(stored, name, self._source.where)
+        if len(tensor.shapes) > 1:
+            self._fused = (name, stored)
+        return stored
 
 
 def stored_dtype(source: TensorSource) -> str:
@@ -98,18 +115,20 @@ def _match(tensors: Sequence[Tensor], config: ModelConfig, source: TensorSource)
 
 def _check_tied(source: TensorSource) -> None:
     """A tied checkpoint may store the head a second time, but not another one."""
-    if not np.array_equal(source.read(_HEAD), source.read(_EMBEDDING)):
+    # By digest, so that only one of the two is in memory.
+    head, embedding = (hashlib.sha256(source.read(name).view(np.uint8).data).digest() for name in (_HEAD, _EMBEDDING))
+    if head != embedding:
         raise InputError(
             f"{source.where}: {_HEAD} differs from {_EMBEDDING} although tie_word_embeddings is true; "
             "set it to false in config.json"
         )
 
 
-def _place(array: np.ndarray, target: np.dtype, name: str, where: str) -> jax.Array:
+def _cast(array: np.ndarray, target: np.dtype, name: str, where: str) -> np.ndarray:
     if array.dtype.kind == "i":
-        return jnp.asarray(array.astype(np.int32))
+        return array.astype(np.int32)
     if array.dtype == target:
-        return jnp.asarray(array)
+        return array
     with np.errstate(over="ignore"):
         cast = array.astype(target)
     if target.itemsize < array.dtype.itemsize or target == np.float16:
@@ -119,7 +138,7 @@ def _place(array: np.ndarray, target: np.dtype, name: str, where: str) -> jax.Ar
             raise InputError(
                 f"{where}: tensor {name} does not fit into {target.name}; use bfloat16 or float32"
             ) from error
-    return jnp.asarray(cast)
+    return cast
 
 
 def _check_finite(array: np.ndarray, name: str, where: str) -> None:

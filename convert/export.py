@@ -20,14 +20,14 @@ from intraslice_jax.convert.pruned_config import MODELING_FILE, pruned_config
 from intraslice_jax.convert.shards import Planned, parse_size, write_tensors
 from intraslice_jax.errors import InputError
 from intraslice_jax.io.atomic import atomic_folder
-from intraslice_jax.model import LanguageModel
+from intraslice_jax.model import LanguageModel, StoredModel
 from intraslice_jax.models.decoder import decoder_to_arrays
 
 FORMATS = ("hf",)
 
 
 def export(
-    model: LanguageModel,
+    model: LanguageModel | StoredModel,
     path: str | Path,
     *,
     format: str = "hf",
@@ -42,7 +42,7 @@ def export(
     tensor by tensor, bit for bit where the dtype stays.
 
     Args:
-        model: dense or pruned.
+        model: dense or pruned; a stored one is read as it is written.
         path: the folder; it appears under its name only when complete.
         format: `hf`.
         dtype: `float32`, `bfloat16` or `float16` for the written weights, None for the model's own.
@@ -57,8 +57,12 @@ def export(
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not supported; expected {', '.join(DTYPES)}")
     limit = parse_size(max_shard_size)
-    arrays = decoder_to_arrays(model.decoder)
-    written = DTYPES[dtype or arrays["embed_tokens"].dtype.name]
+    arrays: Mapping[str, Any]
+    if isinstance(model, StoredModel):
+        arrays, own = model.arrays, model.dtype
+    else:
+        arrays, own = _HostArrays(decoder_to_arrays(model.decoder)), model.decoder.embed_tokens[...].dtype.name
+    written = DTYPES[dtype or own]
     family = stock_family(model.config, arrays)
     if family is None:
         layout, config = FAMILIES["IntraSliceForCausalLM"], pruned_config(model.config, written.name)
@@ -72,7 +76,7 @@ def export(
             Planned(t.name, np.dtype(np.int32) if t.name.endswith("rope_pairs") else written, t.shape)
             for t in layout.tensors(model.config)
         ]
-        write_tensors(folder, plan, to_checkpoint(layout, model.config, _HostArrays(arrays)), limit)
+        write_tensors(folder, plan, to_checkpoint(layout, model.config, arrays), limit)
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(folder)
         if family is None:
@@ -125,7 +129,7 @@ def _stock_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     return kept | {"dtype": dtype}
 
 
-def _generation_config(model: LanguageModel) -> dict[str, Any]:
+def _generation_config(model: LanguageModel | StoredModel) -> dict[str, Any]:
     if model.generation_config:
         return model.generation_config
     eos = model.config.eos_token_id

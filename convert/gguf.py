@@ -13,14 +13,14 @@ import gguf
 import numpy as np
 
 from intraslice_jax.config import ModelConfig
-from intraslice_jax.convert.assemble import read_decoder
+from intraslice_jax.convert.assemble import CheckpointArrays
 from intraslice_jax.convert.families import FAMILIES, Family
 from intraslice_jax.convert.gguf_file import GgufFile
 from intraslice_jax.convert.mapping import Entry
 from intraslice_jax.convert.sources import TensorSource
 from intraslice_jax.convert.tokenizer import tokenizer_from_gguf
 from intraslice_jax.errors import InputError
-from intraslice_jax.model import LanguageModel
+from intraslice_jax.model import StoredModel
 
 
 class _Architecture(NamedTuple):
@@ -62,7 +62,7 @@ _KEYS = {
 _ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
-def load_gguf(path: Path, name: str, dtype: str | None) -> LanguageModel:
+def open_gguf(path: Path, name: str, dtype: str | None) -> StoredModel:
     """A model from a `.gguf` file; quantised tensors become float32 before they take `dtype`.
 
     Raises:
@@ -77,9 +77,9 @@ def load_gguf(path: Path, name: str, dtype: str | None) -> LanguageModel:
         source = GgufSource(file, family, config)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    decoder = read_decoder(family, config, source, dtype)
+    arrays = CheckpointArrays(family, config, source, dtype)
     generation = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if raw[key] is not None}
-    return LanguageModel(config, decoder, tokenizer, name, generation)
+    return StoredModel(config, arrays, arrays.dtype.name, tokenizer, name, generation)
 
 
 class GgufSource(TensorSource):

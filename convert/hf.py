@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from intraslice_jax.config import ModelConfig
-from intraslice_jax.convert.assemble import read_decoder
+from intraslice_jax.convert.assemble import CheckpointArrays
 from intraslice_jax.convert.families import Family, find_family
 from intraslice_jax.convert.sources import open_folder, read_json
 from intraslice_jax.convert.tokenizer import tokenizer_from_folder
 from intraslice_jax.errors import InputError
-from intraslice_jax.model import LanguageModel
+from intraslice_jax.model import StoredModel
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
@@ -43,7 +43,7 @@ def read_config(folder: Path) -> tuple[Family, ModelConfig]:
         raise InputError(f"{path}: {error}") from error
 
 
-def load_folder(folder: Path, name: str, dtype: str | None) -> LanguageModel:
+def open_model_folder(folder: Path, name: str, dtype: str | None) -> StoredModel:
     """A model from a folder with `config.json`.
 
     Raises:
@@ -54,8 +54,8 @@ def load_folder(folder: Path, name: str, dtype: str | None) -> LanguageModel:
     tokenizer = tokenizer_from_folder(folder)
     generation = folder / "generation_config.json"
     settings: dict[str, Any] = read_json(generation) if generation.is_file() else {}
-    decoder = read_decoder(family, config, source, dtype)
-    return LanguageModel(config, decoder, tokenizer, name, settings)
+    arrays = CheckpointArrays(family, config, source, dtype)
+    return StoredModel(config, arrays, arrays.dtype.name, tokenizer, name, settings)
 
 
 def fetch(hub_id: str) -> Path:

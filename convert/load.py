@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from intraslice_jax.convert.assemble import DTYPES
-from intraslice_jax.convert.gguf import load_gguf
-from intraslice_jax.convert.hf import fetch, is_hub_id, load_folder
+from intraslice_jax.convert.gguf import open_gguf
+from intraslice_jax.convert.hf import fetch, is_hub_id, open_model_folder
 from intraslice_jax.errors import InputError
-from intraslice_jax.model import LanguageModel
+from intraslice_jax.model import LanguageModel, StoredModel
 
 
 def load(source: str | Path, dtype: str | None = None) -> LanguageModel:
@@ -21,15 +21,28 @@ def load(source: str | Path, dtype: str | None = None) -> LanguageModel:
     Raises:
         InputError: the source is missing, damaged, contradictory or not supported; the message names what.
     """
+    return open_stored(source, dtype).in_memory()
+
+
+def open_stored(source: str | Path, dtype: str | None = None) -> StoredModel:
+    """`load` without reading the weights: they come one at a time, as they are asked for.
+
+    Args:
+        source: as for `load`.
+        dtype: as for `load`.
+
+    Raises:
+        InputError: as `load`, except that damaged numbers are found when they are read.
+    """
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not supported; expected {', '.join(DTYPES)}")
     path, name = Path(source), str(source)
     if path.is_dir():
-        return load_folder(path, name, dtype)
+        return open_model_folder(path, name, dtype)
     if path.is_file():
         if path.suffix != ".gguf":
             raise InputError(f"{path} is not a model; expected a folder with config.json, a .gguf file or a hub id")
-        return load_gguf(path, name, dtype)
+        return open_gguf(path, name, dtype)
     if not is_hub_id(name):
         raise InputError(f"{path} does not exist; expected a folder with config.json, a .gguf file or a hub id")
-    return load_folder(fetch(name), name, dtype)
+    return open_model_folder(fetch(name), name, dtype)

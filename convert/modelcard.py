@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from intraslice_jax.convert.hf import is_hub_id
-from intraslice_jax.model import LanguageModel
+from intraslice_jax.model import LanguageModel, StoredModel
 
 _LOAD = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,7 +17,7 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER"{trust})
 ```"""
 
 
-def model_card(model: LanguageModel, pruned: bool) -> str:
+def model_card(model: LanguageModel | StoredModel, pruned: bool) -> str:
     """Markdown with the hub's metadata in front; the base model is named in it where it came from the hub."""
     hub = "/" in model.name and is_hub_id(model.name) and not Path(model.name).exists()
     metadata = ["library_name: transformers", "pipeline_tag: text-generation"]
@@ -29,7 +29,7 @@ def model_card(model: LanguageModel, pruned: bool) -> str:
     return "\n".join(["---", *metadata, "---", "", *body]) + "\n"
 
 
-def _dense(model: LanguageModel, name: str) -> list[str]:
+def _dense(model: LanguageModel | StoredModel, name: str) -> list[str]:
     return [
         f"# {name}",
         "",
@@ -40,7 +40,7 @@ def _dense(model: LanguageModel, name: str) -> list[str]:
     ]
 
 
-def _pruned(model: LanguageModel, name: str) -> list[str]:
+def _pruned(model: LanguageModel | StoredModel, name: str) -> list[str]:
     config = model.config
     rows = [
         f"| {i} | {s.num_attention_heads} | {s.num_key_value_heads} | {s.qk_head_dim} | {s.v_head_dim} "

@@ -17,8 +17,8 @@ from intraslice_jax.config import CalibrationConfig, PruneConfig
 from intraslice_jax.convert.assemble import DTYPES
 from intraslice_jax.errors import InputError
 from intraslice_jax.evaluate.perplexity import perplexity as measure_perplexity
-from intraslice_jax.io.checkpoint import is_checkpoint, restore, save, versions
-from intraslice_jax.model import LanguageModel
+from intraslice_jax.io.checkpoint import is_checkpoint, open_checkpoint, restore, save, versions
+from intraslice_jax.model import LanguageModel, StoredModel
 from intraslice_jax.models.generate import generate as continue_prompts
 from intraslice_jax.prune.pipeline import LayerRecord, prune_model
 from intraslice_jax.settings import closest
@@ -41,21 +41,41 @@ def load(source: str | Path, dtype: str | None = None) -> LanguageModel:
     return convert.load(source, dtype)
 
 
+def open_stored(source: str | Path, dtype: str | None = None) -> StoredModel:
+    """`load` without reading the weights, to `save` or `export` a model that does not fit into memory.
+
+    Args:
+        source: as for `load`.
+        dtype: as for `load`.
+
+    Raises:
+        InputError: as `load`; damaged numbers are found when they are read.
+    """
+    if not is_checkpoint(source):
+        return convert.open_stored(source, dtype)
+    _check_dtype(dtype)
+    return open_checkpoint(source, dtype)
+
+
 def cast(model: LanguageModel, dtype: str | None) -> LanguageModel:
     """The model with its floating-point weights in another dtype; None leaves them.
 
     Raises:
         InputError: the dtype is none of those that models come in.
     """
+    _check_dtype(dtype)
     if dtype is None:
         return model
-    if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r} is not supported; expected {', '.join(DTYPES)}")
 
     def to_dtype(leaf: jax.Array) -> jax.Array:
         return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
     return dataclasses.replace(model, decoder=jax.tree.map(to_dtype, model.decoder))
+
+
+def _check_dtype(dtype: str | None) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is not supported; expected {', '.join(DTYPES)}")
 
 
 def prune(
@@ -165,7 +185,7 @@ def check_length(model: LanguageModel, sequence_length: int) -> None:
 
 
 def export(
-    model: LanguageModel,
+    model: LanguageModel | StoredModel,
     path: str | Path,
     *,
     dtype: str | None = None,
@@ -178,7 +198,7 @@ def export(
     `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)`.
 
     Args:
-        model: dense or pruned.
+        model: dense or pruned; one of `open_stored` is read as it is written.
         path: the folder to write; it appears under its name only when complete.
         dtype: of the weights in the files, None for the model's own.
         max_shard_size: above it the weights are split over several files: bytes, or text such as `5GB`.

@@ -1,15 +1,17 @@
-"""A model in memory with all that travels with it."""
+"""A model with all that travels with it, in memory or still in its files."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax.numpy as jnp
 from transformers import PreTrainedTokenizerBase
 
 from intraslice_jax.config import ModelConfig
 from intraslice_jax.errors import InputError
-from intraslice_jax.models.decoder import Decoder
+from intraslice_jax.models.decoder import Decoder, decoder_from_arrays
 
 
 @dataclass(frozen=True)
@@ -36,3 +38,28 @@ class LanguageModel:
                 f"{self.name} has no tokenizer; put the model's tokenizer.json and tokenizer_config.json beside it"
             )
         return self.tokenizer
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A model whose arrays are read when they are asked for: what is converted file to file need not fit memory.
+
+    Attributes:
+        arrays: NumPy arrays by dotted path; every access reads the array anew.
+        dtype: the name of the weights' dtype.
+        config, tokenizer, name, generation_config, report: as in `LanguageModel`.
+    """
+
+    config: ModelConfig
+    arrays: Mapping[str, Any]
+    dtype: str
+    tokenizer: PreTrainedTokenizerBase | None
+    name: str
+    generation_config: dict[str, Any] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
+
+    def in_memory(self) -> LanguageModel:
+        """Reads all arrays onto the default device."""
+        arrays = {path: jnp.asarray(self.arrays[path]) for path in self.arrays}
+        decoder = decoder_from_arrays(self.config, arrays)
+        return LanguageModel(self.config, decoder, self.tokenizer, self.name, self.generation_config, self.report)

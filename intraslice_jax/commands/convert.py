@@ -29,10 +29,12 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Loads and saves."""
+    """Reads and writes array by array."""
     from intraslice_jax.io.atomic import check_output
+    from intraslice_jax.io.memory import return_freed_arrays
 
     check_output(options.output, options.overwrite)
+    return_freed_arrays()
 
     from intraslice_jax import api
     from intraslice_jax.commands._output import number, print_table
@@ -40,7 +42,7 @@ def run(options: Options) -> None:
     from intraslice_jax.settings import as_settings
 
     started = time.monotonic()
-    model = api.load(options.model, options.dtype)
+    model = api.open_stored(options.model, options.dtype)
     facts = {
         "parameters": model.config.total_parameters(),
         "block_parameters": model.config.block_parameters(),

@@ -36,10 +36,12 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Loads and exports."""
+    """Reads and writes tensor by tensor."""
     from intraslice_jax.io.atomic import check_output
+    from intraslice_jax.io.memory import return_freed_arrays
 
     check_output(options.output, options.overwrite)
+    return_freed_arrays()
 
     from intraslice_jax import api
     from intraslice_jax.commands._output import number, print_table, write_json
@@ -47,7 +49,7 @@ def run(options: Options) -> None:
     from intraslice_jax.settings import as_settings
 
     started = time.monotonic()
-    model = api.load(options.checkpoint)
+    model = api.open_stored(options.checkpoint)
     api.export(
         model,
         options.output,

@@ -25,7 +25,8 @@ from intraslice_jax.config import ModelConfig
 from intraslice_jax.errors import InputError
 from intraslice_jax.io.atomic import atomic_folder
 from intraslice_jax.io.digests import check_digests, write_digests
-from intraslice_jax.model import LanguageModel
+from intraslice_jax.io.streaming import StreamedArrays, write_streamed
+from intraslice_jax.model import LanguageModel, StoredModel
 from intraslice_jax.models.decoder import abstract_arrays, decoder_from_arrays, decoder_to_arrays
 
 FORMAT = "intraslice-checkpoint"
@@ -40,18 +41,23 @@ def is_checkpoint(path: str | Path) -> bool:
         return False
 
 
-def save(model: LanguageModel, path: str | Path, overwrite: bool = False) -> Path:
+def save(model: LanguageModel | StoredModel, path: str | Path, overwrite: bool = False) -> Path:
     """Writes a checkpoint; the folder appears under its name only when complete.
 
+    Args:
+        model: in memory; or stored elsewhere, then its arrays are read and written one after the other.
+        path: the folder.
+        overwrite: replace a folder that exists.
+
     Raises:
-        InputError: `path` exists and `overwrite` is False.
+        InputError: `path` exists and `overwrite` is False, or a stored model is damaged.
     """
-    arrays = decoder_to_arrays(model.decoder)
+    stored = isinstance(model, StoredModel)
     description = {
         "format": FORMAT,
         "format_version": VERSION,
         "name": model.name,
-        "dtype": str(arrays["embed_tokens"].dtype),
+        "dtype": model.dtype if stored else str(model.decoder.embed_tokens[...].dtype),
         "model": model.config.to_json(),
         "generation_config": model.generation_config,
         "versions": versions(),
@@ -60,7 +66,11 @@ def save(model: LanguageModel, path: str | Path, overwrite: bool = False) -> Pat
         write_json(folder / "config.json", description)
         write_json(folder / "report.json", model.report)
         metadata = {"description": description, "report": json.loads(json.dumps(model.report))}
-        ocp.save(str((folder / "state").absolute()), arrays, custom_metadata=metadata)
+        state = folder.absolute() / "state"
+        if stored:
+            write_streamed(state, model.arrays, abstract_arrays(model.config, model.dtype), metadata)
+        else:
+            ocp.save(str(state), decoder_to_arrays(model.decoder), custom_metadata=metadata)
         write_digests(folder, "state")
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(folder)
@@ -69,6 +79,31 @@ def save(model: LanguageModel, path: str | Path, overwrite: bool = False) -> Pat
 
 def restore(path: str | Path) -> LanguageModel:
     """Reads what `save` wrote.
+
+    Raises:
+        InputError: the folder is no checkpoint of this program, or is damaged.
+    """
+    stored = open_checkpoint(path)
+    try:
+        arrays = ocp.load(_state(path), _on_default_device(abstract_arrays(stored.config, stored.dtype)))
+    except Exception as error:  # Orbax raises many kinds for a damaged file.
+        raise _damaged(path, error) from error
+    return LanguageModel(
+        config=stored.config,
+        decoder=decoder_from_arrays(stored.config, arrays),
+        tokenizer=stored.tokenizer,
+        name=stored.name,
+        generation_config=stored.generation_config,
+        report=stored.report,
+    )
+
+
+def open_checkpoint(path: str | Path, dtype: str | None = None) -> StoredModel:
+    """`restore` without reading the arrays: they come one at a time, as they are asked for.
+
+    Args:
+        path: the folder.
+        dtype: of the arrays when they come, None for their own.
 
     Raises:
         InputError: the folder is no checkpoint of this program, or is damaged.
@@ -85,22 +120,23 @@ def restore(path: str | Path) -> LanguageModel:
     check_digests(path)
     try:
         config = ModelConfig.from_json(description["model"])
-        abstract = abstract_arrays(config, description["dtype"])
-        state = str((path / "state").absolute())
-        _check_shapes(abstract, ocp.metadata(state).metadata)
-        arrays = ocp.load(state, _on_default_device(abstract))
+        abstract = abstract_arrays(config, dtype or description["dtype"])
+        _check_shapes(abstract, ocp.metadata(_state(path)).metadata)
         report = json.loads((path / "report.json").read_text())
         name, generation_config = description["name"], description["generation_config"]
-    except Exception as error:  # Orbax raises many kinds for a damaged file.
-        raise InputError(f"{path} is damaged: {_first_line(error)}; write the checkpoint again") from error
-    return LanguageModel(
-        config=config,
-        decoder=decoder_from_arrays(config, arrays),
-        tokenizer=_tokenizer(path),
-        name=name,
-        generation_config=generation_config,
-        report=report,
-    )
+        arrays = StreamedArrays(_state(path), abstract)
+        stored_dtype = dtype or description["dtype"]
+    except Exception as error:
+        raise _damaged(path, error) from error
+    return StoredModel(config, arrays, stored_dtype, _tokenizer(path), name, generation_config, report)
+
+
+def _state(path: str | Path) -> str:
+    return str((Path(path) / "state").absolute())
+
+
+def _damaged(path: str | Path, error: Exception) -> InputError:
+    return InputError(f"{path} is damaged: {_first_line(error)}; write the checkpoint again")
 
 
 def versions() -> dict[str, str]:
