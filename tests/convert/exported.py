@@ -1,11 +1,17 @@
 """Tiny pruned models of every family flavour, and their exports loaded in PyTorch."""
 
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
-from transformers import AutoModelForCausalLM
+import transformers
+from transformers import AutoModelForCausalLM, dynamic_module_utils
 
 from intraslice_jax.config import LayerShape, ModelConfig, RopeConfig
 from intraslice_jax.model import LanguageModel
@@ -91,6 +97,20 @@ def with_random_weights(config: ModelConfig, seed: int = 0, identity_pairs: bool
                 values = 1.5 * values / np.sqrt(fan_in)
             arrays[name] = values.astype(np.float32)
     return LanguageModel(config, decoder_from_arrays(config, arrays), None, f"tiny {config.model_type}")
+
+
+@contextlib.contextmanager
+def quiet_torch(folder: Path) -> Iterator[None]:
+    """One thread, no progress bars, and modelling files of exports imported from `folder`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder))
+        patch.setattr(sys, "path", list(sys.path))
+        transformers.utils.logging.disable_progress_bar()
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the models are tiny
+        yield
+        torch.set_num_threads(threads)
+        transformers.utils.logging.enable_progress_bar()
 
 
 def in_torch(folder: Any, attention: str = "sdpa", **options: Any) -> Any:

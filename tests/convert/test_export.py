@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import re
-import sys
 import tracemalloc
 
 import jax
@@ -14,7 +13,7 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from intraslice_jax.config import LayerShape, ModelConfig
@@ -34,6 +33,7 @@ from tests.convert.exported import (
     in_torch,
     make,
     our_logits,
+    quiet_torch,
     torch_logits,
     with_random_weights,
 )
@@ -44,16 +44,8 @@ CLOSE = 1e-4
 
 @pytest.fixture(scope="module", autouse=True)
 def _own_module_cache(tmp_path_factory):
-    """Modelling files of exports are imported from a folder of this run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        patch.setattr(sys, "path", list(sys.path))
-        transformers.utils.logging.disable_progress_bar()
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # the models are tiny
+    with quiet_torch(tmp_path_factory.mktemp("modules")):
         yield
-        torch.set_num_threads(threads)
-        transformers.utils.logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module")
