@@ -341,6 +341,20 @@ def test_contradictory_llama(broken, changes, message):
             {"rope_parameters": {"partial_rotary_factor": 1.5}},
             r"partial_rotary_factor 1\.5 of head_dim 8 rotates 12 channels",
         ),
+        ("phi3-window-tied", {"sliding_window": 0}, r"sliding_window must be a positive whole number, found 0"),
+        ("qwen2-window", {"sliding_window": -1}, r"sliding_window must be a positive whole number, found -1"),
+        ("phi3", {"num_attention_heads": 5}, r"num_attention_heads \(5\) must be a multiple of num_key_value_heads"),
+        (
+            "phi",
+            {"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": None},
+            r"hidden_size \(32\) must be a multiple of num_attention_heads \(5\)",
+        ),
+        (
+            "phi3-longrope",
+            {"rope_parameters": LONGROPE | {"short_factor": [1.0, -1.0, 2.0]}},
+            r"rope short_factor must hold 3 positive numbers",
+        ),
+        ("phi", {"num_key_value_heads": 2}, r"self_attn\.k_proj\.weight has shape \[32, 32\], .* implies \[16, 32\]"),
         ("phi", {"qk_layernorm": True}, r"qk_layernorm .* is not supported"),
         ("llama", {"partial_rotary_factor": 0.5}, r"partial_rotary_factor 0\.5 is not supported in this family"),
     ],
@@ -352,10 +366,21 @@ def test_contradictory_options(case, changes, message, tmp_path):
         load(tmp_path)
 
 
-def test_missing_fused_tensor(tmp_path):
+@pytest.mark.parametrize("name", ["self_attn.qkv_proj", "mlp.gate_up_proj"])
+def test_missing_fused_tensor(name, tmp_path):
     save(build("phi3"), tmp_path)
-    edit_weights(tmp_path, lambda w: w.pop("model.layers.1.self_attn.qkv_proj.weight"))
-    with pytest.raises(InputError, match=r"missing model\.layers\.1\.self_attn\.qkv_proj\.weight; left over nothing"):
+    edit_weights(tmp_path, lambda w: w.pop(f"model.layers.1.{name}.weight"))
+    with pytest.raises(InputError, match=rf"missing model\.layers\.1\.{name}\.weight; left over nothing"):
+        load(tmp_path)
+
+
+def test_fused_tensor_of_another_height(tmp_path):
+    save(build("phi3"), tmp_path)
+    name = "model.layers.0.self_attn.qkv_proj.weight"
+    edit_weights(tmp_path, lambda w: w.update({name: w[name][:-8]}))
+    with pytest.raises(
+        InputError, match=r"qkv_proj\.weight has shape \[56, 32\], the configuration implies \[64, 32\]"
+    ):
         load(tmp_path)
 
 
