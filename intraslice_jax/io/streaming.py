@@ -29,7 +29,7 @@ def write_streamed(
         metadata: Orbax's custom metadata.
     """
     sizes = {name: math.prod(a.shape) * a.dtype.itemsize for name, a in abstract.items()}
-    most = min(max(sizes.values()), 64 * 2**20)
+    most = max(max(sizes.values()) // 4, 32 * 2**20)  # of a batch: reading and writing hold more than its arrays
     batch: dict[str, np.ndarray] = {}
     with _frugal():
         for name in arrays:
