@@ -94,7 +94,7 @@ def requests(draw):
     return model, prune, draw(st.sampled_from(["even", "heads", "components"])), draw(st.integers(0, 2**32 - 1))
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(requests())
 def test_the_budget_is_met_and_no_module_is_emptied(request):
     config, prune = model_of(**request[0]), PruneConfig(**request[1])
