@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import jaxtyping
@@ -18,6 +19,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import jax  # noqa: E402  (reads the environment)
 
 # Every function and dataclass of the library is checked against its annotations, array shapes included.
 jaxtyping.install_import_hook("intraslice_jax", "beartype.beartype")
@@ -50,3 +53,10 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no ../shared/data beside the checkout")
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _bounded_memory() -> Iterator[None]:
+    """Compiled programs of a finished file are let go; the suite would hold gigabytes of them."""
+    yield
+    jax.clear_caches()

@@ -334,6 +334,6 @@ def test_termination_is_an_interruption(refuse, source, tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(intraslice_jax.io.checkpoint.ocp, "save", terminated)
+    monkeypatch.setattr(intraslice_jax.io.checkpoint, "write_streamed", terminated)
     refuse("convert", source / "model", tmp_path / "out", code=1, says=("interrupted", str(tmp_path / "out")))
     assert signal.getsignal(signal.SIGTERM) == before

@@ -66,9 +66,7 @@ def assert_same(model, want):
         np.testing.assert_array_equal(array, expected[name], name)
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=pytest.mark.slow if case in REPEATED else ()) for case in CASES]
-)
+@pytest.mark.parametrize("case", [case for case in CASES if case not in REPEATED])
 def test_pruned_export_is_the_same_model_in_torch(case, tmp_path):
     dense, model = pruned(case, tmp_path / "dense")
     removed = 1 - model.config.block_parameters() / dense.config.block_parameters()
