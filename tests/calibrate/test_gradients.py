@@ -32,7 +32,7 @@ def difference(config, arrays, tokens, name, change) -> np.ndarray:
     return (losses(1e-4) - losses(-1e-4)) / 2e-4
 
 
-@pytest.mark.parametrize("flavour", ["gqa", "ragged", "phi"])
+@pytest.mark.parametrize("flavour", FLAVOURS)
 def test_masks_and_matrices_agree_with_finite_differences(flavour):
     model, tokens = make(flavour), windows(2, 12)
     arrays = {k: np.asarray(a, np.float64) for k, a in decoder_to_arrays(model.decoder).items()}

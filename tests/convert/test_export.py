@@ -346,6 +346,7 @@ STOCK = {
     "PhiForCausalLM": {"hidden_act": "gelu_new", "num_key_value_heads": 4},
     "Qwen2ForCausalLM": {},
     "MistralForCausalLM": {"sliding_window": 7},
+    "SmolLM3ForCausalLM": {"no_rope_layers": [0, 1], "pad_token_id": 0},
 }
 
 

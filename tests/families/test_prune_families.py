@@ -16,18 +16,6 @@ from tests.convert.exported import greedy, in_torch, our_logits, quiet_torch, to
 # `dynamic` and `longrope` switch at 16 tokens: prompts are shorter, texts longer, calibration of `longrope` as well.
 SHORT, LONG, NEW = 6, 24, 14
 SPARSITY = 0.3
-# What changes nothing in pruning or export beyond what another case shows: other activations and factors.
-REPEATED = {
-    "llama-gelu",
-    "llama-relu",
-    "llama-theta",
-    "llama-yarn",
-    "llama-yarn-attention",
-    "mistral-full",
-    "qwen2-layer-types",
-    "smollm3-interval",
-    "phi3-longrope-factors",
-}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,7 +54,7 @@ def assert_same(model, want):
         np.testing.assert_array_equal(array, expected[name], name)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case not in REPEATED])
+@pytest.mark.parametrize("case", CASES)
 def test_pruned_export_is_the_same_model_in_torch(case, tmp_path):
     dense, model = pruned(case, tmp_path / "dense")
     removed = 1 - model.config.block_parameters() / dense.config.block_parameters()

@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 import intraslice_jax as isl
 
 TOLERANCE = 1e-4
-"""Or, where float32 itself is that coarse (behind the attention sink of a pruned model), a few times its error."""
 
 
 def torch_model(folder):
@@ -20,7 +19,8 @@ def torch_model(folder):
         return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
 
 
-def assert_same(model, folder, text):
+def assert_same(model, folder, text, roundings=0):
+    """The same logits, to 1e-4 or, where float32 itself is coarser, to that many times its error in torch."""
     tokens = model.tokenizer.encode(text)[:128]
     exported = torch_model(folder)
     with torch.no_grad():
@@ -31,7 +31,7 @@ def assert_same(model, folder, text):
     with torch.no_grad():
         exact = exported.double()(torch.tensor([tokens])).logits.numpy()
     rounding = np.abs(theirs - exact).max()
-    assert np.abs(ours - theirs).max() < max(TOLERANCE, 4 * rounding)
+    assert np.abs(ours - theirs).max() < max(TOLERANCE, roundings * rounding)
     mine = isl.generate(model, model.tokenizer.decode(tokens[:32]), max_new_tokens=64)
     theirs = model.tokenizer.decode(continued[0, 32:], skip_special_tokens=True)
     assert mine == theirs
@@ -48,4 +48,4 @@ def test_exports_of_smollm2_in_torch(smollm2_gguf, calibration_texts, tmp_path, 
     calibration = (calibration_texts / "wiki.utf8").read_text()[:40000]
     pruned = isl.prune(dense, calibration, sparsity=0.3, samples=2, sequence_length=256)
     assert pruned.report["removed_block_fraction"] == pytest.approx(0.3, abs=0.005)
-    assert assert_same(pruned, isl.export(pruned, tmp_path / "pruned"), text) == "IntraSliceForCausalLM"
+    assert assert_same(pruned, isl.export(pruned, tmp_path / "pruned"), text, roundings=4) == "IntraSliceForCausalLM"
