@@ -81,7 +81,12 @@ def empty_map_moments(inputs: int, targets: int) -> MapMoments:
 
 def zeros_like_moments(kind: Callable[..., Moments], **shapes: tuple[int, ...]) -> Moments:
     """An empty accumulator."""
-    return kind(**{name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()})
+    return kind(**_zeros(tuple(shapes.items())))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _zeros(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> dict[str, Array]:
+    return {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes}
 
 
 def _product(spec: str, a: Array, b: Array) -> Array:

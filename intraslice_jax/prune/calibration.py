@@ -192,11 +192,17 @@ def check_weights(arrays: Mapping[str, Array]) -> None:
 
 def check_finite(layer: int, module: str, moments: Any) -> Any:
     """The moments, or a RunError that names the first entry that is not finite."""
+    finite = jax.device_get(_finite(moments))
     for name, array in moments._asdict().items():
-        if not bool(jnp.isfinite(array).all()):
+        if not getattr(finite, name):
             first = tuple(int(i) for i in np.argwhere(~np.isfinite(np.asarray(array)))[0])
             raise RunError(
                 f"layer {layer}, {module}: {name} is not finite at {first}; the weights or activations overflow "
                 "(try --dtype float32)"
             )
     return moments
+
+
+@jax.jit
+def _finite(moments: Any) -> Any:
+    return jax.tree.map(lambda array: jnp.isfinite(array).all(), moments)

@@ -160,7 +160,7 @@ def _prune_layers(
 def _replace(arrays: Mapping[str, Array], module: str, new: Mapping[str, Array]) -> dict[str, Array]:
     """The block's arrays with one module's exchanged, in the dtypes they had."""
     cast = {
-        f"{module}.{name}": jnp.asarray(np.asarray(array), arrays[f"{module}.{name}"].dtype)
+        f"{module}.{name}": jnp.asarray(np.asarray(array).astype(arrays[f"{module}.{name}"].dtype))
         for name, array in new.items()
     }
     return {**arrays, **cast}
