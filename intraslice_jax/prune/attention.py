@@ -238,11 +238,11 @@ def fuse_attention(
         tokens: how many tokens the moments sum over.
         damping: relative ridge damping.
     """
-    heads, kv_heads = np.asarray(plan.heads), np.asarray(plan.kv_heads)
+    rows = {"q": np.asarray(plan.heads), "k": np.asarray(plan.kv_heads), "v": np.asarray(plan.kv_heads)}
     weights = {name: np.asarray(array) for name, array in arrays.items() if name != "rope_pairs"}
-    kept = {name: array[..., heads if name[0] == "q" else kv_heads, :] for name, array in weights.items() if name[0] != "o"}
+    projections = {name: array[..., rows[name[0]], :] for name, array in weights.items() if name[0] in rows}
     new, error, indefinite = _fuse(
-        {name: to_solver(array) for name, array in kept.items()},
+        {name: to_solver(array) for name, array in projections.items()},
         {name: to_solver(array) for name, array in weights.items() if name[0] == "o"},
         MapMoments(*map(to_solver, moments)),
         to_solver(maps.query),
@@ -252,7 +252,7 @@ def fuse_attention(
         damping,
         plan.v_width,
     )
-    new["rope_pairs"] = jnp.asarray(np.take_along_axis(np.asarray(arrays["rope_pairs"])[kv_heads], maps.pairs, 1))
+    new["rope_pairs"] = jnp.asarray(np.take_along_axis(np.asarray(arrays["rope_pairs"])[rows["k"]], maps.pairs, 1))
     notes = {"solver": solver_name(indefinite)}
     return PrunedAttention(new, plan.shape_of(shape), plan.heads, float(error), notes)
 
@@ -275,7 +275,8 @@ def _fuse(
         projections: weights and biases of the kept query, key and value heads.
         output: the o-projection of all heads, and its bias.
         moments: of the kept heads' y' against the full y.
-        query_maps, key_maps: of each kept KV head.
+        query_maps: of each kept KV head.
+        key_maps: likewise.
         to_kv: which of them each kept query head reads.
         tokens: how many the moments sum over.
         damping: relative ridge damping.

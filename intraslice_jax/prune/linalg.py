@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-
 Number = float | int | Float[Array, ""]
 """A scalar, perhaps traced."""
 

@@ -45,7 +45,7 @@ def fuse_mlp(arrays: Mapping[str, Array], moments: GramMoments, tokens: int, kee
     bias = to_solver(arrays["down_bias"]) if "down_bias" in arrays else None
     new, error, indefinite = _fold(gram, total, down, bias, kept, float(tokens), damping)
     new |= {name: arrays[name][..., kept] for name in arrays if not name.startswith("down")}
-    return PrunedMLP(new, float(error), {"solver": solver_name(indefinite)})
+    return PrunedMLP(new, float(error), kept, {"solver": solver_name(indefinite)})
 
 
 @jax.jit
@@ -89,7 +89,7 @@ def fuse_inner(
     new = {**inner, "down_proj": fit.weights @ down}
     if fit.offset is not None:
         new["down_bias"] = to_solver(arrays["down_bias"]) + fit.offset @ down
-    return PrunedMLP(new, inner_error(arrays, fit, moments, tokens), {"solver": solver_name(fit.indefinite)})
+    return PrunedMLP(new, inner_error(arrays, fit, moments, tokens), None, {"solver": solver_name(fit.indefinite)})
 
 
 def fit_inner(arrays: Mapping[str, Array], moments: MapMoments, tokens: int, damping: float) -> Compensation:

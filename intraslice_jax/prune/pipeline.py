@@ -122,10 +122,12 @@ def _prune_layers(
     for i, block in enumerate(model.decoder.layers):
         started = time.monotonic()
         arrays = decoder_to_arrays(block)
-        calibration = AttentionCalibration(
-            i, block, model.config.layers[i], stream, config, model.config, ledger.attention_range(i)
+        attention = method.prune_attention(
+            AttentionCalibration(
+                i, block, model.config.layers[i], stream, config, model.config, ledger.attention_range(i)
+            ),
+            ratios.attention[i],
         )
-        attention = method.prune_attention(calibration, ratios.attention[i])
         ledger.attention_done(i, attention.shape)
         arrays = _replace(arrays, "attention", attention.arrays)
 
@@ -135,7 +137,7 @@ def _prune_layers(
         arrays = _replace(arrays, "mlp", mlp.arrays)
 
         shape = dataclasses.replace(attention.shape, intermediate_size=width)
-        stream.batches = calibration.outputs(block_from_arrays(model.config, shape, arrays))
+        stream.batches = calibration.outputs(block_from_arrays(model.config, shape, arrays), mlp.channels)
         blocks.append(PrunedBlock(arrays, shape))
         record = LayerRecord(
             layer=i,
