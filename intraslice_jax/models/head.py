@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from intraslice_jax.models.decoder import Decoder
 
@@ -28,20 +28,54 @@ def token_nll(
     return _token_nll(decoder.head, bias, hidden, targets)
 
 
+def token_scores(
+    decoder: Decoder, hidden: Float[Array, "scored hidden"], targets: Int[Array, " scored"]
+) -> tuple[Float[Array, " scored"], Bool[Array, " scored"]]:
+    """Log-probabilities of the targets in nats, float32, and which targets are the likeliest token.
+
+    Args:
+        decoder: whose head is applied.
+        hidden: rows of what `Decoder.hidden_states` returns.
+        targets: the token that follows each.
+    """
+    bias = None if decoder.lm_head_bias is None else decoder.lm_head_bias[...]
+    return _token_scores(decoder.head, bias, hidden, targets)
+
+
 @jax.jit
 def _token_nll(head: Array, bias: Array | None, hidden: Array, targets: Array) -> Array:
     @jax.checkpoint
     def chunk_nll(chunk: tuple[Array, Array]) -> Array:
         states, ids = chunk
-        logits = jnp.einsum("nd,vd->nv", states, head, preferred_element_type=jnp.float32)
-        logits = logits if bias is None else logits + bias.astype(jnp.float32)[None]
+        logits = _chunk_logits(head, bias, states)
         chosen = jnp.take_along_axis(logits, ids[:, None], 1)[:, 0]
         return jax.nn.logsumexp(logits, 1) - chosen
 
+    return jax.lax.map(chunk_nll, _chunks(hidden, targets)).reshape(-1)[: targets.size].reshape(targets.shape)
+
+
+@jax.jit
+def _token_scores(head: Array, bias: Array | None, hidden: Array, targets: Array) -> tuple[Array, Array]:
+    def chunk_scores(chunk: tuple[Array, Array]) -> tuple[Array, Array]:
+        states, ids = chunk
+        logits = _chunk_logits(head, bias, states)
+        chosen = jnp.take_along_axis(logits, ids[:, None], 1)[:, 0]
+        return chosen - jax.nn.logsumexp(logits, 1), jnp.argmax(logits, 1).astype(jnp.int32) == ids
+
+    log_probs, greedy = jax.lax.map(chunk_scores, _chunks(hidden, targets))
+    return log_probs.reshape(-1)[: targets.size], greedy.reshape(-1)[: targets.size]
+
+
+def _chunk_logits(head: Array, bias: Array | None, states: Array) -> Array:
+    logits = jnp.einsum("nd,vd->nv", states, head, preferred_element_type=jnp.float32)
+    return logits if bias is None else logits + bias.astype(jnp.float32)[None]
+
+
+def _chunks(hidden: Array, targets: Array) -> tuple[Array, Array]:
+    """States [chunks, CHUNK, hidden] and targets [chunks, CHUNK], the last ones padded."""
     tokens = targets.size
     size = min(CHUNK, tokens)
     chunks = -(-tokens // size)
     pad = chunks * size - tokens
     states = jnp.pad(hidden.reshape(tokens, -1), ((0, pad), (0, 0))).reshape(chunks, size, -1)
-    ids = jnp.pad(targets.reshape(tokens), (0, pad)).reshape(chunks, size)
-    return jax.lax.map(chunk_nll, (states, ids)).reshape(-1)[:tokens].reshape(targets.shape)
+    return states, jnp.pad(targets.reshape(tokens), (0, pad)).reshape(chunks, size)
