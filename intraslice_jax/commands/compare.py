@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Fixed, OmitArgPrefixes, Suppress
 
-from intraslice_jax.commands._types import Config, Dtype, Files, Model, Names, Numbers, Output
+from intraslice_jax.commands._held_out import HeldOut, read_held_out
+from intraslice_jax.commands._types import Config, Dtype, Model, Names, Numbers, Output
 from intraslice_jax.config import CalibrationConfig, PruneConfig
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class Settings(PruneConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(HeldOut):
     """Prune a model with several methods and print their perplexities in one table.
 
     All methods see the same calibration windows and are measured on the same evaluation windows. OUT gets
@@ -39,11 +40,6 @@ class Options:
             biases to fill (flap+biases is FLAP as its authors use it on Llama).
         sparsity: fractions of the decoder layers' parameters to remove.
         ratios: estimators of the ratios per layer (see `prune`); slicegpt takes none.
-        text: text files to measure perplexity on.
-        dataset: instead of files, a data set: `NAME`, `NAME:CONFIG` or `NAME@FOLDER`.
-        evaluation_split: which split of the data set; the one the field reports on, `test` mostly, if not given.
-        evaluation_column: which column of the data set holds the text.
-        windows: how many evaluation windows from the start of the text; all if not given.
         dtype: dtype of the weights; as stored if not given.
         config: YAML file with any of these options; the command line is stronger.
         overwrite: replace OUT if it exists.
@@ -54,11 +50,6 @@ class Options:
     methods: Names = ("intraslice", "magnitude", "wanda_sp", "flap", "obs", "slicegpt")
     sparsity: Numbers = (0.2, 0.3, 0.5)
     ratios: Names = ("uniform",)
-    text: Files = ()
-    dataset: str | None = None
-    evaluation_split: str | None = None
-    evaluation_column: str = "text"
-    windows: int | None = None
     dtype: Dtype | None = None
     config: Config = None
     overwrite: bool = False
@@ -74,7 +65,7 @@ def run(options: Options) -> None:
 
     from intraslice_jax import api
     from intraslice_jax.calibrate import data
-    from intraslice_jax.calibrate.sources import read_evaluation, read_sources
+    from intraslice_jax.calibrate.sources import read_sources
     from intraslice_jax.commands._output import print_table, say, write_json
     from intraslice_jax.environment import peak_rss_bytes
     from intraslice_jax.errors import InputError, RunError
@@ -89,9 +80,7 @@ def run(options: Options) -> None:
     trials = plan_trials(options.methods, options.sparsity, options.ratios, options.prune)
     calibrate = options.calibrate
     text = read_sources(calibrate.calibration, calibrate.split, calibrate.column, "--calibration")
-    held_out = read_evaluation(
-        options.text, options.dataset, options.evaluation_split, options.evaluation_column, options.windows
-    )
+    held_out = read_held_out(options)
     model = api.load(options.model, options.dtype)
     api.check_length(model, calibrate.sequence_length)
     stream = data.encode(model.require_tokenizer(), text)
