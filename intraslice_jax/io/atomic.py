@@ -1,4 +1,4 @@
-"""Folders that appear under their final name only when complete."""
+"""Files and folders that appear under their final name only when complete."""
 
 from __future__ import annotations
 
@@ -50,6 +50,21 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Writes a file, and the folder it is in, replacing what was there."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, work = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(work, 0o666 & ~_umask())
+        os.replace(work, path)
+    except BaseException:
+        os.unlink(work)
+        raise
 
 
 def _umask() -> int:
