@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,9 @@ from intraslice_jax.errors import InputError, RunError
 from intraslice_jax.model import LanguageModel
 from intraslice_jax.models.decoder import Block, block_from_arrays, decoder_to_arrays
 from intraslice_jax.models.rope import RopeTable
+
+if TYPE_CHECKING:
+    from intraslice_jax.prune.uniform import UniformLayout
 
 
 @dataclass
@@ -61,6 +64,7 @@ class AttentionCalibration:
         model: the model's description.
         parameter_range: the fewest and the most parameters that the attention may keep for the budget of the
             whole model to be met.
+        layout: the shape that all layers get; None where each has its own.
     """
 
     index: int
@@ -70,6 +74,7 @@ class AttentionCalibration:
     config: PruneConfig
     model: ModelConfig
     parameter_range: tuple[int, int]
+    layout: UniformLayout | None = None
 
     @property
     def tokens(self) -> int:

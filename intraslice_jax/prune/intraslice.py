@@ -40,7 +40,10 @@ class IntraSlice:
 
         budget = channels_in - round(channels_in * ratio)
         grouping, allowed = layer.config.grouping, layer.parameter_range
-        plan = plan_for(*choose_heads(energies, budget, shape.query_to_kv, grouping, cost, allowed))
+        if layer.layout is not None:
+            plan = layer.layout.attention_plan(energies, shape)
+        else:
+            plan = plan_for(*choose_heads(energies, budget, shape.query_to_kv, grouping, cost, allowed))
         if plan.keeps_all(shape):
             return PrunedAttention(arrays, shape, plan.heads, 0.0, {"solver": "none"})  # the ridge would still damp it
         with solver_precision():

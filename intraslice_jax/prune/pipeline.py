@@ -23,6 +23,7 @@ from intraslice_jax.prune.calibration import AttentionCalibration, MLPCalibratio
 from intraslice_jax.prune.estimators import estimate_ratios
 from intraslice_jax.prune.method import PruningMethod
 from intraslice_jax.prune.methods import create_method
+from intraslice_jax.prune.uniform import UniformLayout, plan_uniform_layout
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,12 @@ def prune_model(
     with jax.default_matmul_precision("highest"):
         ratios = ratios or estimate_ratios(model, windows, config, on_batch)
         estimated = time.monotonic()
-        stream = ResidualStream.start(model, windows, _batch_size(model.config, windows.shape, config))
-        blocks, records = _prune_layers(model, stream, method, ratios, config, on_layer)
+        batch_size = _batch_size(model.config, windows.shape, config)
+        layout = None
+        if config.layout == "uniform":
+            layout = plan_uniform_layout(model, ResidualStream.start(model, windows, batch_size), ratios, config)
+        stream = ResidualStream.start(model, windows, batch_size)
+        blocks, records = _prune_layers(model, stream, method, ratios, config, on_layer, layout)
     arrays = {k: v for k, v in decoder_to_arrays(model.decoder).items() if not k.startswith("layers.")}
     for i, block in enumerate(blocks):
         arrays |= {f"layers.{i}.{name}": array for name, array in block.arrays.items()}
@@ -115,6 +120,7 @@ def _prune_layers(
     ratios: LayerRatios,
     config: PruneConfig,
     on_layer: Callable[[LayerRecord], None] | None,
+    layout: UniformLayout | None,
 ) -> tuple[list[PrunedBlock], list[LayerRecord]]:
     ledger = Ledger(model.config, ratios, config.align, config.max_ratio)
     blocks: list[PrunedBlock] = []
@@ -123,13 +129,13 @@ def _prune_layers(
         started = time.monotonic()
         arrays = decoder_to_arrays(block)
         calibration = AttentionCalibration(
-            i, block, model.config.layers[i], stream, config, model.config, ledger.attention_range(i)
+            i, block, model.config.layers[i], stream, config, model.config, ledger.attention_range(i), layout
         )
         attention = method.prune_attention(calibration, ratios.attention[i])
         ledger.attention_done(i, attention.shape)
         arrays = _replace(arrays, "attention", attention.arrays)
 
-        width = ledger.mlp_width(i)
+        width = ledger.mlp_width(i) if layout is None else layout.intermediate_size
         calibration = MLPCalibration.run(i, model.config, attention.shape, arrays, stream, config)
         mlp = method.prune_mlp(calibration, width)
         arrays = _replace(arrays, "mlp", mlp.arrays)
@@ -153,7 +159,8 @@ def _prune_layers(
         records.append(record)
         if on_layer is not None:
             on_layer(record)
-    ledger.check()
+    if layout is None:
+        ledger.check()  # a layout was checked as a whole
     return blocks, records
 
 
