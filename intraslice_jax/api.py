@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -188,26 +188,33 @@ def export(
     model: LanguageModel | StoredModel,
     path: str | Path,
     *,
+    format: Literal["hf", "padded", "gguf"] = "hf",
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
 ) -> Path:
-    """Writes a Hugging Face folder that PyTorch loads; torch is not needed here.
-
-    An unpruned model is written for its stock class, a pruned one with a modelling file of its own, for
-    `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)`.
+    """Writes a model for PyTorch or llama.cpp; neither is needed here (docs/exports.md).
 
     Args:
         model: dense or pruned; one of `open_stored` is read as it is written.
-        path: the folder to write; it appears under its name only when complete.
-        dtype: of the weights in the files, None for the model's own.
-        max_shard_size: above it the weights are split over several files: bytes, or text such as `5GB`.
-        overwrite: replace a folder that exists.
+        path: the folder or file to write; it appears under its name only when complete.
+        format: `hf`, a Hugging Face folder: for the stock class where that can hold the model (unpruned, or pruned
+            with `layout="uniform"`), else with a modelling file, for
+            `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)`. `padded`, such a folder for the
+            stock class, with zeros where something was pruned. `gguf`, a file for llama.cpp.
+        dtype: of the weights in the files, None for the model's own: `float32`, `bfloat16`, `float16`, and `q8_0`
+            for `gguf`.
+        max_shard_size: above it the weights of a folder are split over several files: bytes, or text such as `5GB`.
+        overwrite: replace what exists.
+
+    Returns:
+        `path`.
 
     Raises:
-        InputError: `path` exists and `overwrite` is False.
+        InputError: `path` exists and `overwrite` is False, the format cannot express the model, or a weight is too
+            large for the dtype.
     """
-    return convert.export(model, path, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
+    return convert.export(model, path, format=format, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
 
 
 def generate(

@@ -179,8 +179,9 @@ def common_mlp_width(model: ModelConfig, sparsity: float, attention: LayerShape,
     width = min(widths, key=lambda w: (abs(missed(w)), w))
     step = abs(missed(max(full - config.align, 1)) - missed(full))
     if abs(missed(width)) > max(TOLERANCE, 0.5 * step + 1e-9):
+        how = "could not be removed; ask for less" if missed(width) > 0 else "too many were removed; ask for more"
         raise InputError(
-            f"the requested sparsity cannot be met with layout uniform: {abs(missed(width)):.1%} of the block parameters "
-            + ("could not be removed; ask for less" if missed(width) > 0 else "too many were removed; ask for more")
+            "the requested sparsity cannot be met with layout uniform: "
+            f"{abs(missed(width)):.1%} of the block parameters {how}"
         )
     return width

@@ -1,4 +1,4 @@
-"""Tiny models of every family that lost heads, RoPE pairs and channels, with random weights and their original config."""
+"""Tiny models of every family that lost heads, RoPE pairs and channels, with random weights."""
 
 import dataclasses
 import json
@@ -97,6 +97,4 @@ def _narrow(shape: LayerShape, query_to_kv: tuple[int, ...], rotary: int, rest: 
     """The layer with fewer channels; where all or none of a head's rotated, that stays so."""
     if shape.rotary_dim in (0, shape.qk_head_dim):
         rest, rotary = (rotary + rest, 0) if shape.rotary_dim == 0 else (0, rotary)
-    return dataclasses.replace(
-        shape, query_to_kv=query_to_kv, qk_head_dim=rotary + rest, rotary_dim=rotary, **widths
-    )
+    return dataclasses.replace(shape, query_to_kv=query_to_kv, qk_head_dim=rotary + rest, rotary_dim=rotary, **widths)

@@ -55,9 +55,7 @@ def test_a_uniform_layout_is_a_small_stock_model(case, tmp_path):
     exported = check(folder, model, architecture.get(case, FAMILY_CASES[case][0]))
     assert sum(p.numel() for p in exported.parameters()) == model.config.total_parameters()
     again = load(folder)
-    np.testing.assert_allclose(
-        our_logits(again.decoder, TOKENS), our_logits(model.decoder, TOKENS), rtol=0, atol=CLOSE
-    )
+    np.testing.assert_allclose(our_logits(again.decoder, TOKENS), our_logits(model.decoder, TOKENS), rtol=0, atol=CLOSE)
     assert "trust_remote_code" not in (folder / "README.md").read_text()
 
 
