@@ -243,7 +243,8 @@ class PruneConfig:
         output_biases: give the o- and down-projections biases where the family has none, for methods that fill
             them (intraslice, flap, obs).
         batch_size: calibration windows per step, 0 to choose it from `memory_budget`.
-        memory_budget: bytes that one step's activations may take when `batch_size` is 0.
+        memory_budget: bytes that one step's activations may take when `batch_size` is 0, and again those of a
+            module that are kept to not compute them twice.
     """
 
     sparsity: float = 0.3

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from intraslice_jax.calibrate import statistics
 from intraslice_jax.calibrate.statistics import (
     AttentionMoments,
     GramMoments,
     MapMoments,
+    Mixed,
     empty_map_moments,
     zeros_like_moments,
 )
@@ -24,9 +25,6 @@ from intraslice_jax.errors import InputError, RunError
 from intraslice_jax.model import LanguageModel
 from intraslice_jax.models.decoder import Block, block_from_arrays, decoder_to_arrays
 from intraslice_jax.models.rope import RopeTable
-
-if TYPE_CHECKING:
-    from intraslice_jax.prune.uniform import UniformLayout
 
 
 @dataclass
@@ -64,7 +62,6 @@ class AttentionCalibration:
         model: the model's description.
         parameter_range: the fewest and the most parameters that the attention may keep for the budget of the
             whole model to be met.
-        layout: the shape that all layers get; None where each has its own.
     """
 
     index: int
@@ -74,7 +71,7 @@ class AttentionCalibration:
     config: PruneConfig
     model: ModelConfig
     parameter_range: tuple[int, int]
-    layout: UniformLayout | None = None
+    _kept: list[Mixed] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -89,9 +86,20 @@ class AttentionCalibration:
     def head_moments(self) -> AttentionMoments:
         """Per-head second moments of the o-projection's input, and query-key scores."""
         moments = statistics.empty_attention_moments(self.shape)
-        for x in self.stream.batches:
-            moments = statistics.add_attention(moments, self.block, x, self.stream.rope)
+        for mixed in self._mixed():
+            moments = statistics.add_attention(moments, mixed, self.shape.query_to_kv, self.shape.rotary_dim)
         return check_finite(self.index, "attention", moments)
+
+    def _mixed(self) -> Iterator[Mixed]:
+        """What the attention computes, batch by batch; remembered if it fits the memory budget."""
+        if self._kept:
+            yield from self._kept
+            return
+        for x in self.stream.batches:
+            mixed = statistics.mix(self.block, x, self.stream.rope)
+            if fits(self.config, self.stream.batches, mixed):
+                self._kept.append(mixed)
+            yield mixed
 
     def kept_moments(
         self,
@@ -109,10 +117,17 @@ class AttentionCalibration:
         v = self.shape.v_head_dim
         inputs, targets = len(heads) * v, self.shape.num_attention_heads * v
         moments = empty_map_moments(inputs, targets)
-        index = jnp.asarray(heads)
-        for x in self.stream.batches:
+        attention, kv = self.block.attention, [self.shape.query_to_kv[h] for h in heads]
+        for mixed in self._mixed():
             moments = statistics.add_kept_attention(
-                moments, self.block, x, self.stream.rope, index, query_maps, key_maps
+                moments,
+                mixed,
+                jnp.asarray(heads),
+                jnp.asarray(kv),
+                query_maps,
+                key_maps,
+                attention.scale,
+                attention.sliding_window,
             )
         return check_finite(self.index, "attention", moments)
 
@@ -127,6 +142,7 @@ class MLPCalibration:
         moments: of the down-projection's input.
         after_attention: the residual stream behind the new attention, batch by batch.
         sources: the layer's inputs where its MLP reads them (parallel blocks), else None.
+        inner_activations: the down-projection's input, batch by batch, or nothing if it does not fit the budget.
         tokens: how many tokens the moments sum over.
         config: the run's settings.
     """
@@ -136,6 +152,7 @@ class MLPCalibration:
     moments: GramMoments
     after_attention: list[Array]
     sources: list[Array | None]
+    inner_activations: list[Array]
     tokens: int
     config: PruneConfig
     num_layers: int
@@ -154,13 +171,16 @@ class MLPCalibration:
         block = block_from_arrays(model, shape, arrays)
         inner = shape.intermediate_size
         moments = zeros_like_moments(GramMoments, gram=(inner, inner), total=(inner,))
-        after_attention = []
+        after_attention, inner_activations = [], []
         for x in stream.batches:
-            moments, after = statistics.attend_and_add_mlp(moments, block, x, stream.rope)
+            moments, after, z = statistics.attend_and_add_mlp(moments, block, x, stream.rope)
             after_attention.append(after)
+            if fits(config, stream.batches, z):
+                inner_activations.append(z)
         sources = stream.batches if model.parallel_block else [None] * len(after_attention)
         moments = check_finite(index, "MLP", moments)
-        return cls(index, block, moments, after_attention, list(sources), stream.tokens, config, model.num_layers)
+        tokens, layers = stream.tokens, model.num_layers
+        return cls(index, block, moments, after_attention, list(sources), inner_activations, tokens, config, layers)
 
     @property
     def arrays(self) -> dict[str, Array]:
@@ -172,12 +192,27 @@ class MLPCalibration:
         for after, source in zip(self.after_attention, self.sources, strict=True):
             yield statistics.mlp_input(self.block, after, source)
 
-    def outputs(self, block: Block) -> list[Array]:
-        """The residual stream behind the layer once its MLP is `block`'s. Uses up `after_attention`."""
+    def outputs(self, block: Block, channels: Int[np.ndarray, " kept"] | None) -> list[Array]:
+        """The residual stream behind the layer once its MLP is `block`'s. Uses up `after_attention`.
+
+        Args:
+            block: the layer as it now is.
+            channels: which of the old MLP's inner activations the new one has, None if it has its own.
+        """
+        if channels is not None and self.inner_activations:
+            return [
+                statistics.finish_selected(block, after, z, jnp.asarray(channels))
+                for after, z in zip(self.after_attention, self.inner_activations, strict=True)
+            ]
         return [
             statistics.finish_layer(block, after, source)
             for after, source in zip(self.after_attention, self.sources, strict=True)
         ]
+
+
+def fits(config: PruneConfig, batches: list[Array], per_batch: Any) -> bool:
+    """Whether what one batch gave may be kept for all batches."""
+    return len(batches) * sum(array.nbytes for array in jax.tree.leaves(per_batch)) <= config.memory_budget
 
 
 def part(arrays: Mapping[str, Array], module: str) -> dict[str, Array]:
@@ -197,11 +232,17 @@ def check_weights(arrays: Mapping[str, Array]) -> None:
 
 def check_finite(layer: int, module: str, moments: Any) -> Any:
     """The moments, or a RunError that names the first entry that is not finite."""
+    finite = jax.device_get(_finite(moments))
     for name, array in moments._asdict().items():
-        if not bool(jnp.isfinite(array).all()):
+        if not getattr(finite, name):
             first = tuple(int(i) for i in np.argwhere(~np.isfinite(np.asarray(array)))[0])
             raise RunError(
                 f"layer {layer}, {module}: {name} is not finite at {first}; the weights or activations overflow "
                 "(try --dtype float32)"
             )
     return moments
+
+
+@jax.jit
+def _finite(moments: Any) -> Any:
+    return jax.tree.map(lambda array: jnp.isfinite(array).all(), moments)

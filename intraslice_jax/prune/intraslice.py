@@ -15,6 +15,7 @@ from intraslice_jax.prune.linalg import solver_precision
 from intraslice_jax.prune.method import PrunedAttention, PrunedMLP
 from intraslice_jax.prune.mixtures import better_mlp
 from intraslice_jax.prune.mlp import fuse_mlp
+from intraslice_jax.prune.uniform import UniformLayout
 
 AUTO_SHARE = 0.4
 """Under this share of kept channels `iterative: auto` tries learned mixtures (docs/method.md 3.3)."""
@@ -22,7 +23,13 @@ AUTO_SHARE = 0.4
 
 @dataclass(frozen=True)
 class IntraSlice:
-    """PCA inside each module: docs/method.md sections 2 and 3."""
+    """PCA inside each module: docs/method.md sections 2 and 3.
+
+    Attributes:
+        layout: the shape that all layers get; None where each has its own.
+    """
+
+    layout: UniformLayout | None = None
 
     def prune_attention(self, layer: AttentionCalibration, ratio: float) -> PrunedAttention:
         """Heads and widths, RoPE pairs, value basis, ridge compensation, in two passes over the text."""
@@ -40,8 +47,8 @@ class IntraSlice:
 
         budget = channels_in - round(channels_in * ratio)
         grouping, allowed = layer.config.grouping, layer.parameter_range
-        if layer.layout is not None:
-            plan = layer.layout.attention_plan(energies, shape)
+        if self.layout is not None:
+            plan = self.layout.attention_plan(energies, shape)
         else:
             plan = plan_for(*choose_heads(energies, budget, shape.query_to_kv, grouping, cost, allowed))
         if plan.keeps_all(shape):

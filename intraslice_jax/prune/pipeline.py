@@ -21,6 +21,7 @@ from intraslice_jax.prune.biases import with_output_biases
 from intraslice_jax.prune.budget import LayerRatios, Ledger
 from intraslice_jax.prune.calibration import AttentionCalibration, MLPCalibration, ResidualStream, check_weights
 from intraslice_jax.prune.estimators import estimate_ratios
+from intraslice_jax.prune.intraslice import IntraSlice
 from intraslice_jax.prune.method import PruningMethod
 from intraslice_jax.prune.methods import create_method
 from intraslice_jax.prune.uniform import UniformLayout, plan_uniform_layout
@@ -82,6 +83,7 @@ def prune_model(
         layout = None
         if config.layout == "uniform":
             layout = plan_uniform_layout(model, ResidualStream.start(model, windows, batch_size), ratios, config)
+            method = IntraSlice(layout)
         stream = ResidualStream.start(model, windows, batch_size)
         blocks, records = _prune_layers(model, stream, method, ratios, config, on_layer, layout)
     arrays = {k: v for k, v in decoder_to_arrays(model.decoder).items() if not k.startswith("layers.")}
@@ -128,10 +130,12 @@ def _prune_layers(
     for i, block in enumerate(model.decoder.layers):
         started = time.monotonic()
         arrays = decoder_to_arrays(block)
-        calibration = AttentionCalibration(
-            i, block, model.config.layers[i], stream, config, model.config, ledger.attention_range(i), layout
+        attention = method.prune_attention(
+            AttentionCalibration(
+                i, block, model.config.layers[i], stream, config, model.config, ledger.attention_range(i)
+            ),
+            ratios.attention[i],
         )
-        attention = method.prune_attention(calibration, ratios.attention[i])
         ledger.attention_done(i, attention.shape)
         arrays = _replace(arrays, "attention", attention.arrays)
 
@@ -141,7 +145,7 @@ def _prune_layers(
         arrays = _replace(arrays, "mlp", mlp.arrays)
 
         shape = dataclasses.replace(attention.shape, intermediate_size=width)
-        stream.batches = calibration.outputs(block_from_arrays(model.config, shape, arrays))
+        stream.batches = calibration.outputs(block_from_arrays(model.config, shape, arrays), mlp.channels)
         blocks.append(PrunedBlock(arrays, shape))
         record = LayerRecord(
             layer=i,
@@ -167,7 +171,7 @@ def _prune_layers(
 def _replace(arrays: Mapping[str, Array], module: str, new: Mapping[str, Array]) -> dict[str, Array]:
     """The block's arrays with one module's exchanged, in the dtypes they had."""
     cast = {
-        f"{module}.{name}": jnp.asarray(np.asarray(array), arrays[f"{module}.{name}"].dtype)
+        f"{module}.{name}": jnp.asarray(np.asarray(array).astype(arrays[f"{module}.{name}"].dtype))
         for name, array in new.items()
     }
     return {**arrays, **cast}

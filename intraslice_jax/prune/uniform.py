@@ -105,7 +105,7 @@ def check_uniform_layout(model: ModelConfig, ratios: LayerRatios, config: PruneC
     widths = {dataclasses.replace(shape, rotary_dim=0, sliding_window=None) for shape in model.layers}
     rotated = {shape.rotary_dim for shape in model.layers if shape.rotary_dim}
     shape = model.layers[0]
-    if len(widths) > 1 or len(rotated) > 1 or shape.qk_head_dim != shape.v_head_dim:
+    if len(widths) > 1 or rotated - {model.rotary_dim} or shape.qk_head_dim != shape.v_head_dim:
         raise InputError(
             "layout uniform needs a model whose layers all have the same widths; this one was pruned before"
         )
