@@ -146,7 +146,7 @@ def best_groups(
     return np.sort(np.concatenate(groups[:kv_heads]))
 
 
-def common_pairs(scores: Sequence[Float[np.ndarray, "kept qk"]], rotary_dim: int, count: int) -> tuple[int, ...]:
+def common_pairs(scores: Sequence[Float[np.ndarray, "_ qk"]], rotary_dim: int, count: int) -> tuple[int, ...]:
     """The RoPE pairs with the greatest share of the query-key products, summed over layers; ascending.
 
     Args:

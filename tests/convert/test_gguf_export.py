@@ -173,7 +173,7 @@ def test_ends_of_turns_are_kept():
 
 def test_what_llama_cpp_cannot_express(tmp_path):
     path = tmp_path / "model.gguf"
-    with pytest.raises(InputError, match="phi: llama.cpp's graphs for such models do not have a parallel block"):
+    with pytest.raises(InputError, match=r"phi: llama\.cpp's graphs for such models do not have a parallel block"):
         export(make("phi"), path, format="gguf")
     gelu = make("llama", hidden_act="gelu")
     with pytest.raises(InputError, match="do not have the activation gelu"):
@@ -199,7 +199,7 @@ def test_tokenizers_that_gguf_does_not_hold(tmp_path):
         described(words)
     lower = byte_level()
     lower.backend_tokenizer.normalizer = normalizers.Lowercase()
-    with pytest.raises(InputError, match="no known name in llama.cpp; known: command-r"):
+    with pytest.raises(InputError, match=r"no known name in llama\.cpp; known: command-r"):
         described(lower)
     with pytest.raises(InputError, match=f"has token 299, the model's vocabulary only {VOCAB}"):
         tokenizer_metadata(byte_level(), dense_config("llama"))

@@ -9,6 +9,7 @@ from intraslice_jax.config import LayerShape, ModelConfig, PruneConfig
 from intraslice_jax.convert.stock import common_pairs as kept_pairs
 from intraslice_jax.errors import InputError
 from intraslice_jax.models.decoder import decoder_to_arrays
+from intraslice_jax.prune.attention import HeadEnergies
 from intraslice_jax.prune.budget import LayerRatios
 from intraslice_jax.prune.pipeline import prune_model
 from intraslice_jax.prune.uniform import (
@@ -24,8 +25,8 @@ SHAPE = LayerShape((0, 0, 0, 1, 1, 1, 2, 2, 2), 8, 8, 8, 96)
 CONFIG = ModelConfig("llama", 50, 36, 8, 8, (SHAPE,) * 3)
 
 
-class Energies:
-    """Heads with spectra of their own, as `HeadEnergies` would find them."""
+class Energies(HeadEnergies):
+    """Heads with drawn energies and spectra."""
 
     def __init__(self, seed: int) -> None:
         rng = np.random.default_rng(seed)
@@ -108,8 +109,3 @@ def test_contradictions(settings, layers, message):
         check_uniform_layout(
             CONFIG.with_layers(layers), LayerRatios(spread, (0.2,) * 3), PruneConfig(layout="uniform", **settings)
         )
-
-
-def test_an_unknown_layout_is_refused():
-    with pytest.raises(InputError, match="layout must be ragged or uniform, found 'square'"):
-        PruneConfig(layout="square")
