@@ -228,8 +228,8 @@ class PruneConfig:
     Attributes:
         sparsity: fraction of the attention and MLP parameters of the decoder layers to remove, in [0, 1).
         method: the pruning method, a name of `intraslice_jax.prune.methods`.
-        ratios: what spreads it over layers and modules: `uniform`, `fisher`, `fisher_pca`, `fisher_components`, or a
-            JSON or YAML file with the lists `attention` and `mlp` (then the file says how much is removed, too).
+        ratios: what spreads it over layers and modules: `uniform`, `fisher`, `fisher_pca`, `fisher_components`, `kl`,
+            or a JSON or YAML file with the lists `attention` and `mlp` (then the file says how much is removed, too).
         max_ratio: the most that a layer's attention or MLP may lose.
         kind_bias: the ratio of all attentions divided by the ratio of all MLPs.
         gradient_group: calibration sequences whose gradients are summed before they are squared.
@@ -240,6 +240,10 @@ class PruneConfig:
         align: MLP widths are multiples of this.
         damping: added to the diagonal of a Gram matrix, times its mean diagonal.
         iterative: learned mixtures of MLP channels: `never`, `always`, or `auto` for MLPs that keep few channels.
+        selection: how MLP channels are chosen: `energy` (the paper's) by their own share of the output, `obs` one by
+            one, each time the one that the others replace best.
+        value_basis: directions of the value heads that stay: of the greatest variance (`activations`, the paper's) or
+            of the greatest effect on the module's output (`outputs`).
         output_biases: give the o- and down-projections biases where the family has none, for methods that fill
             them (intraslice, flap, obs).
         batch_size: calibration windows per step, 0 to choose it from `memory_budget`.
@@ -258,6 +262,8 @@ class PruneConfig:
     align: int = 8
     damping: float = 0.01
     iterative: Literal["never", "auto", "always"] = "auto"
+    selection: Literal["energy", "obs"] = "energy"
+    value_basis: Literal["activations", "outputs"] = "activations"
     output_biases: bool = False
     batch_size: int = 0
     memory_budget: int = 512 * 2**20
@@ -279,5 +285,9 @@ class PruneConfig:
             raise InputError(f"grouping must be ragged or uniform, found {self.grouping!r}")
         if self.layout not in ("ragged", "uniform"):
             raise InputError(f"layout must be ragged or uniform, found {self.layout!r}")
+        if self.selection not in ("energy", "obs"):
+            raise InputError(f"selection must be energy or obs, found {self.selection!r}")
+        if self.value_basis not in ("activations", "outputs"):
+            raise InputError(f"value_basis must be activations or outputs, found {self.value_basis!r}")
         if self.batch_size < 0:
             raise InputError(f"batch_size must be 0 (automatic) or more, found {self.batch_size}")

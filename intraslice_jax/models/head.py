@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -28,20 +31,57 @@ def token_nll(
     return _token_nll(decoder.head, bias, hidden, targets)
 
 
+def token_kl(
+    decoder: Decoder, hidden: Float[Array, "batch seq hidden"], other: Float[Array, "batch seq hidden"]
+) -> Float[Array, "batch seq"]:
+    """KL divergence of the next-token distribution under `other` from that under `hidden`, in nats, float32.
+
+    Args:
+        decoder: whose head is applied to both.
+        hidden: behind the final norm, of the reference.
+        other: behind the final norm, of what is judged.
+    """
+    bias = None if decoder.lm_head_bias is None else decoder.lm_head_bias[...]
+    return _token_kl(decoder.head, bias, hidden, other)
+
+
+@jax.jit
+def _token_kl(head: Array, bias: Array | None, hidden: Array, other: Array) -> Array:
+    def chunk_kl(chunk: tuple[Array, Array]) -> Array:
+        reference, judged = (jax.nn.log_softmax(_logits(head, bias, states), 1) for states in chunk)
+        return jnp.sum(jnp.exp(reference) * (reference - judged), 1)
+
+    return _by_chunks(chunk_kl, hidden.shape[:2], hidden, other)
+
+
 @jax.jit
 def _token_nll(head: Array, bias: Array | None, hidden: Array, targets: Array) -> Array:
     @jax.checkpoint
     def chunk_nll(chunk: tuple[Array, Array]) -> Array:
         states, ids = chunk
-        logits = jnp.einsum("nd,vd->nv", states, head, preferred_element_type=jnp.float32)
-        logits = logits if bias is None else logits + bias.astype(jnp.float32)[None]
+        logits = _logits(head, bias, states)
         chosen = jnp.take_along_axis(logits, ids[:, None], 1)[:, 0]
         return jax.nn.logsumexp(logits, 1) - chosen
 
-    tokens = targets.size
+    return _by_chunks(chunk_nll, targets.shape, hidden, targets)
+
+
+def _logits(head: Array, bias: Array | None, states: Float[Array, "tokens hidden"]) -> Float[Array, "tokens vocab"]:
+    logits = jnp.einsum("nd,vd->nv", states, head, preferred_element_type=jnp.float32)
+    return logits if bias is None else logits + bias.astype(jnp.float32)[None]
+
+
+def _by_chunks(
+    function: Callable[[tuple[Array, Array]], Array], shape: tuple[int, ...], *arrays: Array
+) -> Float[Array, "batch seq"]:
+    """A number per token, from arrays with [batch, seq] in front."""
+    tokens = math.prod(shape)
     size = min(CHUNK, tokens)
     chunks = -(-tokens // size)
-    pad = chunks * size - tokens
-    states = jnp.pad(hidden.reshape(tokens, -1), ((0, pad), (0, 0))).reshape(chunks, size, -1)
-    ids = jnp.pad(targets.reshape(tokens), (0, pad)).reshape(chunks, size)
-    return jax.lax.map(chunk_nll, (states, ids)).reshape(-1)[:tokens].reshape(targets.shape)
+
+    def cut(array: Array) -> Array:
+        flat = array.reshape(tokens, *array.shape[2:])
+        padded = jnp.pad(flat, ((0, chunks * size - tokens), *((0, 0),) * (flat.ndim - 1)))
+        return padded.reshape(chunks, size, *flat.shape[1:])
+
+    return jax.lax.map(function, tuple(map(cut, arrays))).reshape(-1)[:tokens].reshape(shape)

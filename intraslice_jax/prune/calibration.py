@@ -246,3 +246,24 @@ def check_finite(layer: int, module: str, moments: Any) -> Any:
 @jax.jit
 def _finite(moments: Any) -> Any:
     return jax.tree.map(lambda array: jnp.isfinite(array).all(), moments)
+
+
+def replace(arrays: Mapping[str, Array], module: str, new: Mapping[str, Array]) -> dict[str, Array]:
+    """The block's arrays with one module's exchanged, in the dtypes they had."""
+    cast = {
+        f"{module}.{name}": jnp.asarray(np.asarray(array).astype(arrays[f"{module}.{name}"].dtype))
+        for name, array in new.items()
+    }
+    return {**arrays, **cast}
+
+
+def batch_size(model: ModelConfig, shape: tuple[int, ...], config: PruneConfig) -> int:
+    """The largest divisor of the number of windows whose activations fit the memory budget."""
+    samples, seq = shape
+    wanted = config.batch_size
+    if not wanted:
+        widest = max(model.layers, key=lambda layer: layer.intermediate_size)
+        per_token = 8 * model.hidden_size + 4 * widest.intermediate_size
+        scores = 2 * widest.num_attention_heads * max(128, seq // 8)
+        wanted = config.memory_budget // (4 * seq * (per_token + scores))
+    return max(size for size in range(1, max(1, min(wanted, samples)) + 1) if samples % size == 0)

@@ -11,10 +11,10 @@ from intraslice_jax.prune.attention import AttentionPlan, HeadEnergies, fuse_att
 from intraslice_jax.prune.calibration import AttentionCalibration, MLPCalibration
 from intraslice_jax.prune.heads import choose_heads
 from intraslice_jax.prune.iterative import IterativeSettings
-from intraslice_jax.prune.linalg import solver_precision
+from intraslice_jax.prune.linalg import solver_precision, to_solver
 from intraslice_jax.prune.method import PrunedAttention, PrunedMLP
 from intraslice_jax.prune.mixtures import better_mlp
-from intraslice_jax.prune.mlp import fuse_mlp
+from intraslice_jax.prune.mlp import eliminate, fuse_mlp, select_channels
 from intraslice_jax.prune.uniform import UniformLayout
 
 AUTO_SHARE = 0.4
@@ -58,12 +58,19 @@ class IntraSlice:
             per_head = [np.asarray(m, np.float32)[list(plan.local_query_to_kv)] for m in (maps.query, maps.key)]
         kept = layer.kept_moments(plan.heads, *map(jnp.asarray, per_head))
         with solver_precision():
-            return fuse_attention(arrays, shape, plan, maps, kept, layer.tokens, layer.config.damping)
+            return fuse_attention(
+                arrays, shape, plan, maps, kept, layer.tokens, layer.config.damping, layer.config.value_basis
+            )
 
     def prune_mlp(self, layer: MLPCalibration, keep: int) -> PrunedMLP:
         """Channel selection and compensation, or learned mixtures where they are wanted and better."""
+        arrays, moments, damping = layer.arrays, layer.moments, layer.config.damping
         with solver_precision():
-            plain = fuse_mlp(layer.arrays, layer.moments, layer.tokens, keep, layer.config.damping)
+            if layer.config.selection == "obs":
+                kept = eliminate(arrays, moments, layer.tokens, keep, damping)
+            else:
+                kept = select_channels(to_solver(moments.gram), to_solver(arrays["down_proj"]), keep)
+            plain = fuse_mlp(arrays, moments, layer.tokens, kept, damping)
         if not self._wants_mixtures(layer, keep):
             return plain
         return better_mlp(layer, plain, keep, IterativeSettings())

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from intraslice_jax.config import LayerShape, ModelConfig, PruneConfig
+from intraslice_jax.config import LayerShape, PruneConfig
 from intraslice_jax.errors import InputError
 from intraslice_jax.model import LanguageModel
 from intraslice_jax.models.decoder import block_from_arrays, decoder_from_arrays, decoder_to_arrays
 from intraslice_jax.prune.biases import with_output_biases
 from intraslice_jax.prune.budget import LayerRatios, Ledger
-from intraslice_jax.prune.calibration import AttentionCalibration, MLPCalibration, ResidualStream, check_weights
+from intraslice_jax.prune.calibration import (
+    AttentionCalibration,
+    MLPCalibration,
+    ResidualStream,
+    batch_size,
+    check_weights,
+    replace,
+)
 from intraslice_jax.prune.estimators import estimate_ratios
 from intraslice_jax.prune.intraslice import IntraSlice
 from intraslice_jax.prune.method import PruningMethod
@@ -79,12 +85,12 @@ def prune_model(
     with jax.default_matmul_precision("highest"):
         ratios = ratios or estimate_ratios(model, windows, config, on_batch)
         estimated = time.monotonic()
-        batch_size = _batch_size(model.config, windows.shape, config)
+        batch = batch_size(model.config, windows.shape, config)
         layout = None
         if config.layout == "uniform":
-            layout = plan_uniform_layout(model, ResidualStream.start(model, windows, batch_size), ratios, config)
+            layout = plan_uniform_layout(model, ResidualStream.start(model, windows, batch), ratios, config)
             method = IntraSlice(layout)
-        stream = ResidualStream.start(model, windows, batch_size)
+        stream = ResidualStream.start(model, windows, batch)
         blocks, records = _prune_layers(model, stream, method, ratios, config, on_layer, layout)
     arrays = {k: v for k, v in decoder_to_arrays(model.decoder).items() if not k.startswith("layers.")}
     for i, block in enumerate(blocks):
@@ -137,12 +143,12 @@ def _prune_layers(
             ratios.attention[i],
         )
         ledger.attention_done(i, attention.shape)
-        arrays = _replace(arrays, "attention", attention.arrays)
+        arrays = replace(arrays, "attention", attention.arrays)
 
         width = ledger.mlp_width(i) if layout is None else layout.intermediate_size
         calibration = MLPCalibration.run(i, model.config, attention.shape, arrays, stream, config)
         mlp = method.prune_mlp(calibration, width)
-        arrays = _replace(arrays, "mlp", mlp.arrays)
+        arrays = replace(arrays, "mlp", mlp.arrays)
 
         shape = dataclasses.replace(attention.shape, intermediate_size=width)
         stream.batches = calibration.outputs(block_from_arrays(model.config, shape, arrays), mlp.channels)
@@ -168,15 +174,6 @@ def _prune_layers(
     return blocks, records
 
 
-def _replace(arrays: Mapping[str, Array], module: str, new: Mapping[str, Array]) -> dict[str, Array]:
-    """The block's arrays with one module's exchanged, in the dtypes they had."""
-    cast = {
-        f"{module}.{name}": jnp.asarray(np.asarray(array).astype(arrays[f"{module}.{name}"].dtype))
-        for name, array in new.items()
-    }
-    return {**arrays, **cast}
-
-
 def _check_windows(model: LanguageModel, windows: np.ndarray) -> None:
     samples, seq = windows.shape
     if samples < 1 or seq < 2:
@@ -188,15 +185,3 @@ def _check_windows(model: LanguageModel, windows: np.ndarray) -> None:
     for token in (windows.max(), windows.min()):
         if not 0 <= token < model.config.vocab_size:
             raise InputError(f"calibration holds token {token}, the vocabulary has {model.config.vocab_size}")
-
-
-def _batch_size(model: ModelConfig, shape: tuple[int, ...], config: PruneConfig) -> int:
-    """The largest divisor of the number of windows whose activations fit the memory budget."""
-    samples, seq = shape
-    wanted = config.batch_size
-    if not wanted:
-        widest = max(model.layers, key=lambda layer: layer.intermediate_size)
-        per_token = 8 * model.hidden_size + 4 * widest.intermediate_size
-        scores = 2 * widest.num_attention_heads * max(128, seq // 8)
-        wanted = config.memory_budget // (4 * seq * (per_token + scores))
-    return max(size for size in range(1, max(1, min(wanted, samples)) + 1) if samples % size == 0)
