@@ -12,6 +12,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from intraslice_jax.cli import main
 from intraslice_jax.convert import load
 from intraslice_jax.convert.export import export
 from intraslice_jax.convert.gguf_file import GgufFile
@@ -187,6 +188,11 @@ def test_what_llama_cpp_cannot_express(tmp_path):
         export(with_tokenizer(make("llama")), path, format="gguf")
     assert path.read_text() == "mine"
     assert [file.name for file in tmp_path.iterdir()] == ["model.gguf"]
+
+
+def test_the_command_wants_the_name_of_a_file(tmp_path, capsys):
+    assert main(["export", "no model", str(tmp_path / "out"), "--format", "gguf"]) == 2
+    assert "expected a name that ends in .gguf" in capsys.readouterr().err
 
 
 def test_tokenizers_that_gguf_does_not_hold(tmp_path):
