@@ -235,6 +235,8 @@ class PruneConfig:
         gradient_group: calibration sequences whose gradients are summed before they are squared.
         grouping: `ragged` drops query heads one by one, `uniform` leaves all KV heads of a layer equally many
             (stock loaders and tensor parallelism need that).
+        layout: `ragged` lets every layer have its own heads and widths; `uniform` gives all layers the same numbers of
+            heads, RoPE pairs and widths, so that the export is a smaller stock model.
         align: MLP widths are multiples of this.
         damping: added to the diagonal of a Gram matrix, times its mean diagonal.
         iterative: learned mixtures of MLP channels: `never`, `always`, or `auto` for MLPs that keep few channels.
@@ -256,6 +258,7 @@ class PruneConfig:
     kind_bias: float = 1.0
     gradient_group: int = 8
     grouping: Literal["ragged", "uniform"] = "ragged"
+    layout: Literal["ragged", "uniform"] = "ragged"
     align: int = 8
     damping: float = 0.01
     iterative: Literal["never", "auto", "always"] = "auto"
@@ -280,6 +283,8 @@ class PruneConfig:
             raise InputError(f"gradient_group must be at least 1, found {self.gradient_group}")
         if self.grouping not in ("ragged", "uniform"):
             raise InputError(f"grouping must be ragged or uniform, found {self.grouping!r}")
+        if self.layout not in ("ragged", "uniform"):
+            raise InputError(f"layout must be ragged or uniform, found {self.layout!r}")
         if self.selection not in ("energy", "obs"):
             raise InputError(f"selection must be energy or obs, found {self.selection!r}")
         if self.value_basis not in ("activations", "outputs"):

@@ -23,6 +23,19 @@ def check_output(path: str | Path, overwrite: bool) -> Path:
     return path
 
 
+def check_file(path: str | Path, overwrite: bool) -> Path:
+    """`check_output` for an output that is a file."""
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; the output must be a file")
+    if path.is_file():
+        if not overwrite:
+            raise InputError(f"{path} exists already; choose another output or pass --overwrite")
+        return path
+    check_output(path, overwrite)
+    return path
+
+
 @contextmanager
 def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Yields an empty folder beside `path`, renamed to `path` when the block ends without an error.
@@ -52,19 +65,32 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
+@contextmanager
+def atomic_file(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yields the name of a file beside `path`, renamed to `path` when the block ends without an error.
+
+    On any error the file is removed and what stood at `path` before stays.
+
+    Raises:
+        InputError: `path` exists and `overwrite` is False, or is a folder.
+    """
+    path = check_file(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    os.close(handle)
+    work = Path(name)
+    try:
+        work.chmod(0o666 & ~_umask())
+        yield work
+        os.replace(work, path)
+    finally:
+        work.unlink(missing_ok=True)
+
+
 def write_bytes(path: str | Path, content: bytes) -> None:
     """Writes a file, and the folder it is in, replacing what was there."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, work = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(work, 0o666 & ~_umask())
-        os.replace(work, path)
-    except BaseException:
-        os.unlink(work)
-        raise
+    with atomic_file(path, overwrite=True) as work:
+        work.write_bytes(content)
 
 
 def _umask() -> int:

@@ -42,6 +42,8 @@ class AttentionPlan:
     rest_width: int
     """Query/key channels that are not rotated."""
     v_width: int
+    pairs: tuple[int, ...] | None = None
+    """RoPE pairs that all KV heads keep; None for each KV head's own best."""
 
     @property
     def qk_width(self) -> int:
@@ -176,7 +178,9 @@ def query_key_maps(moments: AttentionMoments, plan: AttentionPlan, shape: LayerS
 def select_pairs(
     pair_scores: Float[np.ndarray, "heads qk"], plan: AttentionPlan, rotary_dim: int
 ) -> Int[np.ndarray, "kv pairs"]:
-    """The best RoPE pairs of each kept KV head's group, ascending (docs/method.md 2.2)."""
+    """The best RoPE pairs of each kept KV head's group, ascending (docs/method.md 2.2), or the plan's own."""
+    if plan.pairs is not None:
+        return np.tile(np.asarray(plan.pairs, np.int32), (len(plan.kv_heads), 1))
     half = rotary_dim // 2
     scores = np.asarray(pair_scores, np.float64)[list(plan.heads)]
     scores = scores[:, :half] + scores[:, half:rotary_dim]

@@ -17,6 +17,7 @@ from intraslice_jax.prune.method import PrunedAttention, PrunedMLP
 from intraslice_jax.prune.mixtures import better_mlp
 from intraslice_jax.prune.mlp import eliminate, fuse_mlp, select_channels
 from intraslice_jax.prune.spectra import value_spectra
+from intraslice_jax.prune.uniform import UniformLayout
 
 AUTO_SHARE = 0.4
 """Under this share of kept channels `iterative: auto` tries learned mixtures (docs/method.md 3.3)."""
@@ -24,7 +25,13 @@ AUTO_SHARE = 0.4
 
 @dataclass(frozen=True)
 class IntraSlice:
-    """PCA inside each module: docs/method.md sections 2 and 3."""
+    """PCA inside each module: docs/method.md sections 2 and 3.
+
+    Attributes:
+        layout: the shape that all layers get; None where each has its own.
+    """
+
+    layout: UniformLayout | None = None
 
     def prune_attention(self, layer: AttentionCalibration, ratio: float) -> PrunedAttention:
         """Heads and widths, RoPE pairs, value basis, ridge compensation, in two passes over the text."""
@@ -42,7 +49,10 @@ class IntraSlice:
 
         budget = channels_in - round(channels_in * ratio)
         grouping, allowed = layer.config.grouping, layer.parameter_range
-        plan = plan_for(*choose_heads(energies, budget, shape.query_to_kv, grouping, cost, allowed))
+        if self.layout is not None:
+            plan = self.layout.attention_plan(energies, shape)
+        else:
+            plan = plan_for(*choose_heads(energies, budget, shape.query_to_kv, grouping, cost, allowed))
         if plan.keeps_all(shape):
             return PrunedAttention(arrays, shape, plan.heads, 0.0, {"solver": "none"})  # the ridge would still damp it
         with solver_precision():

@@ -28,9 +28,11 @@ from intraslice_jax.prune.calibration import (
     replace,
 )
 from intraslice_jax.prune.estimators import estimate_ratios
+from intraslice_jax.prune.intraslice import IntraSlice
 from intraslice_jax.prune.method import PruningMethod
 from intraslice_jax.prune.methods import create_method
 from intraslice_jax.prune.shapes import layer_changes
+from intraslice_jax.prune.uniform import UniformLayout, plan_uniform_layout
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,13 @@ def prune_model(
     with jax.default_matmul_precision("highest"):
         ratios = ratios or estimate_ratios(model, windows, config, on_batch)
         clock.finish("ratios")
-        stream = ResidualStream.start(model, windows, batch_size(model.config, windows.shape, config))
-        blocks, records = _prune_layers(model, stream, method, ratios, config, on_layer)
+        batch = batch_size(model.config, windows.shape, config)
+        layout = None
+        if config.layout == "uniform":
+            layout = plan_uniform_layout(model, ResidualStream.start(model, windows, batch), ratios, config)
+            method = IntraSlice(layout)
+        stream = ResidualStream.start(model, windows, batch)
+        blocks, records = _prune_layers(model, stream, method, ratios, config, on_layer, layout)
     arrays = {k: v for k, v in decoder_to_arrays(model.decoder).items() if not k.startswith("layers.")}
     for i, block in enumerate(blocks):
         arrays |= {f"layers.{i}.{name}": array for name, array in block.arrays.items()}
@@ -125,6 +132,7 @@ def _prune_layers(
     ratios: LayerRatios,
     config: PruneConfig,
     on_layer: Callable[[LayerRecord], None] | None,
+    layout: UniformLayout | None,
 ) -> tuple[list[PrunedBlock], list[LayerRecord]]:
     ledger = Ledger(model.config, ratios, config.align, config.max_ratio)
     blocks: list[PrunedBlock] = []
@@ -141,7 +149,7 @@ def _prune_layers(
         ledger.attention_done(i, attention.shape)
         arrays = replace(arrays, "attention", attention.arrays)
 
-        width = ledger.mlp_width(i)
+        width = ledger.mlp_width(i) if layout is None else layout.intermediate_size
         calibration = MLPCalibration.run(i, model.config, attention.shape, arrays, stream, config)
         mlp = method.prune_mlp(calibration, width)
         arrays = replace(arrays, "mlp", mlp.arrays)
@@ -165,7 +173,8 @@ def _prune_layers(
         records.append(record)
         if on_layer is not None:
             on_layer(record)
-    ledger.check()
+    if layout is None:
+        ledger.check()  # a layout was checked as a whole
     return blocks, records
 
 

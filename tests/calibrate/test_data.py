@@ -178,8 +178,8 @@ class TestDataSets:
     def test_a_local_copy_that_is_none(self, tmp_path):
         with pytest.raises(InputError, match=r"wikitext2@.*there is no such folder; expected a copy of Salesforce"):
             read_evaluation((), f"wikitext2@{tmp_path / 'none'}", None, "text", None)
+        (tmp_path / "empty").mkdir()
         with pytest.raises(InputError, match="ptb, split test: "):
-            (tmp_path / "empty").mkdir()
             read_evaluation((), f"ptb@{tmp_path / 'empty'}", None, "text", None)
 
     def test_without_a_network_a_known_name_says_what_to_copy(self):
