@@ -244,6 +244,8 @@ class PruneConfig:
             one, each time the one that the others replace best.
         value_basis: directions of the value heads that stay: of the greatest variance (`activations`, the paper's) or
             of the greatest effect on the module's output (`outputs`).
+        pair_selection: how RoPE pairs are chosen: `products` (the paper's) by the mean |q k| of one position, `logits`
+            by their joint effect on the attention logits, kept pairs making up for dropped ones.
         output_biases: give the o- and down-projections biases where the family has none, for methods that fill
             them (intraslice, flap, obs).
         batch_size: calibration windows per step, 0 to choose it from `memory_budget`.
@@ -264,6 +266,7 @@ class PruneConfig:
     iterative: Literal["never", "auto", "always"] = "auto"
     selection: Literal["energy", "obs"] = "energy"
     value_basis: Literal["activations", "outputs"] = "activations"
+    pair_selection: Literal["products", "logits"] = "products"
     output_biases: bool = False
     batch_size: int = 0
     memory_budget: int = 512 * 2**20
@@ -289,5 +292,7 @@ class PruneConfig:
             raise InputError(f"selection must be energy or obs, found {self.selection!r}")
         if self.value_basis not in ("activations", "outputs"):
             raise InputError(f"value_basis must be activations or outputs, found {self.value_basis!r}")
+        if self.pair_selection not in ("products", "logits"):
+            raise InputError(f"pair_selection must be products or logits, found {self.pair_selection!r}")
         if self.batch_size < 0:
             raise InputError(f"batch_size must be 0 (automatic) or more, found {self.batch_size}")

@@ -31,6 +31,12 @@ class AttentionMoments(NamedTuple):
     """Sum of y_h^T y_h for the o-projection's input y."""
     pair_scores: Float[Array, "heads qk"]
     """Sum of |q_c k_c| per query head and channel, after RoPE."""
+    rotary_query_gram: Float[Array, "heads rotary rotary"]
+    """Sum of q_h^T q_h over the rotated channels, after RoPE."""
+    rotary_key_gram: Float[Array, "kv rotary rotary"]
+    """Sum of k^T k over them."""
+    rotary_key_sum: Float[Array, "kv rotary"]
+    """Sum of k over them."""
     rest_query_gram: Float[Array, "heads rest rest"]
     """Sum of q_h^T q_h over the channels that are not rotated."""
     rest_key_gram: Float[Array, "kv rest rest"]
@@ -57,11 +63,14 @@ class GramMoments(NamedTuple):
 def empty_attention_moments(shape: LayerShape) -> AttentionMoments:
     """An empty accumulator for the attention of a layer."""
     heads, kv, v, qk = shape.num_attention_heads, shape.num_key_value_heads, shape.v_head_dim, shape.qk_head_dim
-    rest = qk - shape.rotary_dim
+    rotary, rest = shape.rotary_dim, qk - shape.rotary_dim
     return zeros_like_moments(
         AttentionMoments,
         head_gram=(heads, v, v),
         pair_scores=(heads, qk),
+        rotary_query_gram=(heads, rotary, rotary),
+        rotary_key_gram=(kv, rotary, rotary),
+        rotary_key_sum=(kv, rotary),
         rest_query_gram=(heads, rest, rest),
         rest_key_gram=(kv, rest, rest),
     )
@@ -146,10 +155,13 @@ def add_attention(
 ) -> AttentionMoments:
     """Adds a batch to the moments of the attention as it is."""
     q, k, y = (a.astype(jnp.float32) for a in (mixed.q, mixed.k, mixed.y))
-    rest_q, rest_k = q[..., rotary_dim:], k[..., rotary_dim:]
+    (turned_q, rest_q), (turned_k, rest_k) = (jnp.split(a, [rotary_dim], -1) for a in (q, k))
     return AttentionMoments(
         moments.head_gram + _product("bthv,bthw->hvw", y, y),
         moments.pair_scores + jnp.abs(q * k[:, :, jnp.asarray(query_to_kv)]).sum((0, 1)),
+        moments.rotary_query_gram + _product("bthv,bthw->hvw", turned_q, turned_q),
+        moments.rotary_key_gram + _product("bthv,bthw->hvw", turned_k, turned_k),
+        moments.rotary_key_sum + turned_k.sum((0, 1)),
         moments.rest_query_gram + _product("bthv,bthw->hvw", rest_q, rest_q),
         moments.rest_key_gram + _product("bthv,bthw->hvw", rest_k, rest_k),
     )

@@ -26,8 +26,10 @@ from intraslice_jax.prune.linalg import (
     to_solver,
 )
 from intraslice_jax.prune.method import PrunedAttention
+from intraslice_jax.prune.pairs import contribution_gram, eliminate_pairs
 
 ValueBasis = Literal["activations", "outputs"]
+PairSelection = Literal["products", "logits"]
 
 
 @dataclass(frozen=True)
@@ -147,29 +149,62 @@ def plan_widths(width: int, shape: LayerShape) -> tuple[int, int]:
 
 
 class QueryKeyMaps(NamedTuple):
-    """What queries and keys of each kept KV head are multiplied with, after RoPE (docs/method.md 2.2)."""
+    """What queries and keys are multiplied with, after RoPE (docs/method.md 2.2)."""
 
-    query: Float[Array, "kv qk width"]
+    query: Float[Array, "heads qk width"]
+    """Of each kept query head."""
     key: Float[Array, "kv qk width"]
+    """Of each kept KV head."""
     pairs: Int[np.ndarray, "kv pairs"]
     """Kept RoPE pairs, ascending, numbered as in the layer before pruning."""
 
 
-def query_key_maps(moments: AttentionMoments, plan: AttentionPlan, shape: LayerShape) -> QueryKeyMaps:
-    """Selects the best RoPE pairs of each group, and projects what is not rotated (docs/method.md 2.2)."""
-    pairs = select_pairs(np.asarray(moments.pair_scores), plan, shape.rotary_dim)
-    half, rest = shape.rotary_dim // 2, shape.qk_head_dim - shape.rotary_dim
-    channels = np.concatenate([pairs, pairs + half], 1)
-    selection = np.zeros((len(pairs), shape.qk_head_dim, plan.qk_width))
-    np.put_along_axis(selection[..., : plan.rotary_width], channels[:, None], 1.0, 1)  # column j picks channels[:, j]
-    query, key = selection, selection.copy()
+def query_key_maps(
+    moments: AttentionMoments,
+    plan: AttentionPlan,
+    shape: LayerShape,
+    tokens: int,
+    damping: float,
+    pair_selection: PairSelection = "products",
+) -> QueryKeyMaps:
+    """Selects the best RoPE pairs of each group, and projects what is not rotated (docs/method.md 2.2, 6.4).
+
+    Args:
+        moments: of the layer's queries and keys.
+        plan: kept heads and widths.
+        shape: the layer before pruning.
+        tokens: how many tokens the moments sum over.
+        damping: relative ridge damping.
+        pair_selection: `products` scores each pair alone, `logits` all together, and lets kept pairs make up for
+            dropped ones.
+    """
+    half, rest, kept = shape.rotary_dim // 2, shape.qk_head_dim - shape.rotary_dim, plan.rotary_width // 2
+    to_kv, kv_heads, heads = (np.asarray(a) for a in (plan.local_query_to_kv, plan.kv_heads, plan.heads))
+    scale, turn = np.ones((len(heads), kept)), np.zeros((len(heads), kept))
+    if pair_selection == "products":
+        pairs = select_pairs(np.asarray(moments.pair_scores), plan, shape.rotary_dim)
+    else:
+        total = to_solver(moments.rotary_key_sum)
+        key_gram = to_solver(moments.rotary_key_gram) - total[:, :, None] * total[:, None, :] / tokens
+        grams = contribution_gram(to_solver(moments.rotary_query_gram)[heads], key_gram[kv_heads[to_kv]])
+        found = eliminate_pairs(grams, jnp.asarray(to_kv), len(kv_heads), kept, damping)
+        pairs, scale, turn = (np.asarray(a) for a in found)
+    key = np.zeros((len(kv_heads), shape.qk_head_dim, plan.qk_width))
+    query = np.zeros((len(heads), shape.qk_head_dim, plan.qk_width))
+    columns = np.arange(kept)
+    for j, chosen in enumerate(pairs):
+        key[j, chosen, columns] = key[j, chosen + half, columns + kept] = 1.0
+    for h, chosen in enumerate(pairs[to_kv]):
+        query[h, chosen, columns] = query[h, chosen + half, columns + kept] = scale[h]
+        query[h, chosen, columns + kept] = turn[h]
+        query[h, chosen + half, columns] = -turn[h]
     if plan.rest_width:
-        left = right = np.eye(rest)
+        left = right = np.eye(rest)[None]
         if plan.rest_width < rest:
-            to_kv, kept_kv = np.asarray(plan.local_query_to_kv), np.asarray(plan.kv_heads)
-            query_gram = to_solver(np.asarray(moments.rest_query_gram)[list(plan.heads)])
-            keys = to_solver(np.asarray(moments.rest_key_gram)[kept_kv])
-            left, right = product_bases(sum_groups(query_gram, to_kv, len(kept_kv)), keys, plan.rest_width)
+            query_gram = to_solver(np.asarray(moments.rest_query_gram)[heads])
+            keys = to_solver(np.asarray(moments.rest_key_gram)[kv_heads])
+            left, right = product_bases(sum_groups(query_gram, to_kv, len(kv_heads)), keys, plan.rest_width)
+            left = left[to_kv]
         query[:, shape.rotary_dim :, plan.rotary_width :] = left
         key[:, shape.rotary_dim :, plan.rotary_width :] = right
     return QueryKeyMaps(jnp.asarray(query), jnp.asarray(key), pairs)
@@ -282,7 +317,7 @@ def fuse_attention(
         arrays: the module's weights by name (`q_proj` [hidden, heads, qk], ...).
         shape: the layer before pruning.
         plan: kept heads and widths.
-        maps: of the queries and keys of each kept KV head.
+        maps: of the queries and keys.
         moments: of the kept heads' y' against the full y.
         tokens: how many tokens the moments sum over.
         damping: relative ridge damping.
@@ -313,7 +348,7 @@ def _fuse(
     projections: dict[str, Array],
     output: dict[str, Array],
     moments: MapMoments,
-    query_maps: Float[Array, "kv qk width"],
+    query_maps: Float[Array, "heads qk width"],
     key_maps: Float[Array, "kv qk width"],
     to_kv: Int[Array, " heads"],
     tokens: Float[Array, ""],
@@ -327,8 +362,8 @@ def _fuse(
         projections: weights and biases of the kept query, key and value heads.
         output: the o-projection of all heads, and its bias.
         moments: of the kept heads' y' against the full y.
-        query_maps: of each kept KV head.
-        key_maps: likewise.
+        query_maps: of each kept query head.
+        key_maps: of each kept KV head.
         to_kv: which of them each kept query head reads.
         tokens: how many the moments sum over.
         damping: relative ridge damping.
@@ -363,7 +398,7 @@ def _fuse(
     error = relative_error(fit, gram, cross, moments.target_gram, o_proj, sums)
 
     new = {"o_proj": (fit.weights @ o_proj).reshape(heads, v_width, -1)}
-    for name, head_maps in (("q", query_maps[to_kv]), ("k", key_maps), ("v", bases)):
+    for name, head_maps in (("q", query_maps), ("k", key_maps), ("v", bases)):
         new[f"{name}_proj"] = jnp.einsum("dhk,hkw->dhw", projections[f"{name}_proj"], head_maps)
         if f"{name}_bias" in projections:
             new[f"{name}_bias"] = jnp.einsum("hk,hkw->hw", projections[f"{name}_bias"], head_maps)

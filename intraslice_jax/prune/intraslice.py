@@ -48,21 +48,19 @@ class IntraSlice:
             return layer.model.attention_parameters(plan_for(heads, width).shape_of(shape))
 
         budget = channels_in - round(channels_in * ratio)
-        grouping, allowed = layer.config.grouping, layer.parameter_range
+        config, allowed = layer.config, layer.parameter_range
         if self.layout is not None:
             plan = self.layout.attention_plan(energies, shape)
         else:
-            plan = plan_for(*choose_heads(energies, budget, shape.query_to_kv, grouping, cost, allowed))
+            plan = plan_for(*choose_heads(energies, budget, shape.query_to_kv, config.grouping, cost, allowed))
         if plan.keeps_all(shape):
             return PrunedAttention(arrays, shape, plan.heads, 0.0, {"solver": "none"})  # the ridge would still damp it
         with solver_precision():
-            maps = query_key_maps(moments, plan, shape)
-            per_head = [np.asarray(m, np.float32)[list(plan.local_query_to_kv)] for m in (maps.query, maps.key)]
-        kept = layer.kept_moments(plan.heads, *map(jnp.asarray, per_head))
+            maps = query_key_maps(moments, plan, shape, layer.tokens, config.damping, config.pair_selection)
+            query, key = (np.asarray(a, np.float32) for a in (maps.query, maps.key))
+        kept = layer.kept_moments(plan.heads, jnp.asarray(query), jnp.asarray(key[list(plan.local_query_to_kv)]))
         with solver_precision():
-            fused = fuse_attention(
-                arrays, shape, plan, maps, kept, layer.tokens, layer.config.damping, layer.config.value_basis
-            )
+            fused = fuse_attention(arrays, shape, plan, maps, kept, layer.tokens, config.damping, config.value_basis)
         spectra = value_spectra(kept.gram, plan.query_to_kv)
         return dataclasses.replace(fused, notes={**fused.notes, "value_spectra": spectra})
 
