@@ -205,7 +205,7 @@ class CalibrationConfig:
     """Which text the statistics are taken on.
 
     Attributes:
-        calibration: text files, or one `datasets` name (`NAME`, `NAME:CONFIG`), read as one stream.
+        calibration: text files, or one `datasets` name (`NAME`, `NAME:CONFIG`, `NAME@FOLDER`), read as one stream.
         split: which split of the data set.
         column: which column of the data set holds the text.
         samples: number of windows.

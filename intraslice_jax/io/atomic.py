@@ -1,4 +1,4 @@
-"""Folders that appear under their final name only when complete."""
+"""Files and folders that appear under their final name only when complete."""
 
 from __future__ import annotations
 
@@ -85,6 +85,12 @@ def atomic_file(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         os.replace(work, path)
     finally:
         work.unlink(missing_ok=True)
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Writes a file, and the folder it is in, replacing what was there."""
+    with atomic_file(path, overwrite=True) as work:
+        work.write_bytes(content)
 
 
 def _umask() -> int:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from intraslice_jax.models.decoder import Decoder
 
@@ -54,6 +55,20 @@ def _token_kl(head: Array, bias: Array | None, hidden: Array, other: Array) -> A
     return _by_chunks(chunk_kl, hidden.shape[:2], hidden, other)
 
 
+def token_scores(
+    decoder: Decoder, hidden: Float[Array, "scored hidden"], targets: Int[Array, " scored"]
+) -> tuple[Float[Array, " scored"], Bool[Array, " scored"]]:
+    """Log-probabilities of the targets in nats, float32, and which targets are the likeliest token.
+
+    Args:
+        decoder: whose head is applied.
+        hidden: rows of what `Decoder.hidden_states` returns.
+        targets: the token that follows each.
+    """
+    bias = None if decoder.lm_head_bias is None else decoder.lm_head_bias[...]
+    return _token_scores(decoder.head, bias, hidden, targets)
+
+
 @jax.jit
 def _token_nll(head: Array, bias: Array | None, hidden: Array, targets: Array) -> Array:
     @jax.checkpoint
@@ -66,22 +81,32 @@ def _token_nll(head: Array, bias: Array | None, hidden: Array, targets: Array) -
     return _by_chunks(chunk_nll, targets.shape, hidden, targets)
 
 
+@jax.jit
+def _token_scores(head: Array, bias: Array | None, hidden: Array, targets: Array) -> tuple[Array, Array]:
+    def chunk_scores(chunk: tuple[Array, Array]) -> tuple[Array, Array]:
+        states, ids = chunk
+        logits = _logits(head, bias, states)
+        chosen = jnp.take_along_axis(logits, ids[:, None], 1)[:, 0]
+        return chosen - jax.nn.logsumexp(logits, 1), jnp.argmax(logits, 1).astype(jnp.int32) == ids
+
+    return _by_chunks(chunk_scores, targets.shape, hidden, targets)
+
+
 def _logits(head: Array, bias: Array | None, states: Float[Array, "tokens hidden"]) -> Float[Array, "tokens vocab"]:
     logits = jnp.einsum("nd,vd->nv", states, head, preferred_element_type=jnp.float32)
     return logits if bias is None else logits + bias.astype(jnp.float32)[None]
 
 
-def _by_chunks(
-    function: Callable[[tuple[Array, Array]], Array], shape: tuple[int, ...], *arrays: Array
-) -> Float[Array, "batch seq"]:
-    """A number per token, from arrays with [batch, seq] in front."""
+def _by_chunks(function: Callable[[tuple[Array, Array]], Any], shape: tuple[int, ...], *arrays: Array) -> Any:
+    """What a function gives per token, in this shape, from arrays with this shape in front."""
     tokens = math.prod(shape)
     size = min(CHUNK, tokens)
     chunks = -(-tokens // size)
 
     def cut(array: Array) -> Array:
-        flat = array.reshape(tokens, *array.shape[2:])
+        flat = array.reshape(tokens, *array.shape[len(shape) :])
         padded = jnp.pad(flat, ((0, chunks * size - tokens), *((0, 0),) * (flat.ndim - 1)))
         return padded.reshape(chunks, size, *flat.shape[1:])
 
-    return jax.lax.map(function, tuple(map(cut, arrays))).reshape(-1)[:tokens].reshape(shape)
+    given = jax.lax.map(function, tuple(map(cut, arrays)))
+    return jax.tree.map(lambda array: array.reshape(-1)[:tokens].reshape(shape), given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from intraslice_jax.prune.linalg import solver_precision, to_solver
 from intraslice_jax.prune.method import PrunedAttention, PrunedMLP
 from intraslice_jax.prune.mixtures import better_mlp
 from intraslice_jax.prune.mlp import eliminate, fuse_mlp, select_channels
+from intraslice_jax.prune.spectra import value_spectra
 from intraslice_jax.prune.uniform import UniformLayout
 
 AUTO_SHARE = 0.4
@@ -58,9 +60,11 @@ class IntraSlice:
             per_head = [np.asarray(m, np.float32)[list(plan.local_query_to_kv)] for m in (maps.query, maps.key)]
         kept = layer.kept_moments(plan.heads, *map(jnp.asarray, per_head))
         with solver_precision():
-            return fuse_attention(
+            fused = fuse_attention(
                 arrays, shape, plan, maps, kept, layer.tokens, layer.config.damping, layer.config.value_basis
             )
+        spectra = value_spectra(kept.gram, plan.query_to_kv)
+        return dataclasses.replace(fused, notes={**fused.notes, "value_spectra": spectra})
 
     def prune_mlp(self, layer: MLPCalibration, keep: int) -> PrunedMLP:
         """Channel selection and compensation, or learned mixtures where they are wanted and better."""

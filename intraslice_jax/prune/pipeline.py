@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from intraslice_jax.config import LayerShape, PruneConfig
+from intraslice_jax.environment import StageClock
 from intraslice_jax.errors import InputError
 from intraslice_jax.model import LanguageModel
 from intraslice_jax.models.decoder import block_from_arrays, decoder_from_arrays, decoder_to_arrays
@@ -30,6 +31,7 @@ from intraslice_jax.prune.estimators import estimate_ratios
 from intraslice_jax.prune.intraslice import IntraSlice
 from intraslice_jax.prune.method import PruningMethod
 from intraslice_jax.prune.methods import create_method
+from intraslice_jax.prune.shapes import layer_changes
 from intraslice_jax.prune.uniform import UniformLayout, plan_uniform_layout
 
 
@@ -75,7 +77,7 @@ def prune_model(
         InputError: the windows or the configuration do not fit the model, or a weight is not finite.
         RunError: an activation or a second moment is not finite.
     """
-    started = time.monotonic()
+    clock = StageClock()
     method = create_method(config.method)
     _check_windows(model, windows)
     check_weights(decoder_to_arrays(model.decoder))
@@ -84,7 +86,7 @@ def prune_model(
         model = with_output_biases(model)
     with jax.default_matmul_precision("highest"):
         ratios = ratios or estimate_ratios(model, windows, config, on_batch)
-        estimated = time.monotonic()
+        clock.finish("ratios")
         batch = batch_size(model.config, windows.shape, config)
         layout = None
         if config.layout == "uniform":
@@ -96,6 +98,7 @@ def prune_model(
     for i, block in enumerate(blocks):
         arrays |= {f"layers.{i}.{name}": array for name, array in block.arrays.items()}
     pruned = model.config.with_layers(tuple(block.shape for block in blocks))
+    clock.finish("layers")
     report = {
         "sparsity": config.sparsity,
         "method": config.method,
@@ -109,7 +112,8 @@ def prune_model(
         "solver_dtype": "float64",
         "ratios": dataclasses.asdict(ratios),
         "layers": [dataclasses.asdict(record) for record in records],
-        "stages": {"ratios_seconds": estimated - started, "layers_seconds": time.monotonic() - estimated},
+        **layer_changes(dense, pruned),
+        "stages": clock.stages,
     }
     return dataclasses.replace(model, config=pruned, decoder=decoder_from_arrays(pruned, arrays), report=report)
 
