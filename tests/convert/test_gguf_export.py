@@ -86,7 +86,6 @@ def test_a_dense_llama_comes_back_bit_for_bit(tmp_path):
 # With the lengths up to which the two agree: the graphs have no windows and no frequencies that grow.
 PRUNED = {
     "llama biases": 40,
-    "llama llama3": 40,
     "llama dynamic": 24,
     "llama yarn": 40,
     "mistral": 5,
