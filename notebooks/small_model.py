@@ -32,7 +32,7 @@ def text(sentences: int, seed: int) -> str:
     return " ".join(lines)
 
 
-def train(steps: int = 120, seed: int = 0) -> LanguageModel:
+def train(steps: int = 90, seed: int = 0) -> LanguageModel:
     """Four layers, six query heads on three KV heads, one token per byte."""
     tokenizer = _tokenizer()
     shape = LayerShape(uniform_query_to_kv(6, 3), 16, 16, 16, 128)
