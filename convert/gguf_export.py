@@ -65,6 +65,10 @@ def export_gguf(
     Raises:
         InputError: llama.cpp's graphs cannot express the model or its tokenizer, or a number is too large.
     """
+    if model.tokenizer is None:
+        raise InputError(
+            f"{model.name} has no tokenizer, without which llama.cpp reads no file; put it beside the model"
+        )
     form = gguf_form(model.config, arrays, _BLOCK if dtype == "q8_0" else 1)
     kind, file_type = _KINDS[dtype]
     metadata = {
@@ -73,7 +77,7 @@ def export_gguf(
         "general.file_type": int(file_type),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
         **form.metadata(),
-        **tokenizer_metadata(model.require_tokenizer(), model.config),
+        **tokenizer_metadata(model.tokenizer, model.config),
     }
     tensors = FAMILIES["LlamaForCausalLM"].tensors(form.config)
     kinds = [_kind(tensor.shape, kind) for tensor in tensors]
