@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from intraslice_jax.calibrate import statistics
@@ -16,6 +18,7 @@ from intraslice_jax.calibrate.statistics import (
     AttentionMoments,
     GramMoments,
     MapMoments,
+    Moments,
     empty_map_moments,
     zeros_like_moments,
 )
@@ -24,6 +27,10 @@ from intraslice_jax.errors import InputError, RunError
 from intraslice_jax.model import LanguageModel
 from intraslice_jax.models.decoder import Block, block_from_arrays, decoder_to_arrays
 from intraslice_jax.models.rope import RopeTable
+from intraslice_jax.parallel.batches import even_batches
+from intraslice_jax.parallel.mesh import ways
+from intraslice_jax.parallel.moments import MomentSum
+from intraslice_jax.parallel.placement import local, mesh_of, put_batch, replicated, to_host
 
 
 @dataclass
@@ -31,21 +38,35 @@ class ResidualStream:
     """The calibration set at one layer boundary: the only activations that are kept.
 
     Attributes:
-        batches: inputs of the layer at hand, [batch, seq, hidden] each.
+        batches: inputs of the layer at hand, [batch, seq, hidden] each, split over the mesh's `data`.
+        real: how many sequences of each batch count; copies fill up the rest.
         rope: position tables, the same for all batches.
         tokens: how many tokens there are.
+        mesh: which the model lies on, None for one device.
     """
 
     batches: list[Array]
+    real: list[int]
     rope: RopeTable
     tokens: int
+    mesh: Mesh | None = None
 
     @classmethod
     def start(cls, model: LanguageModel, windows: np.ndarray, batch_size: int) -> ResidualStream:
-        """Embeds the windows."""
-        parts = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
-        embedded = [model.decoder.embed(jnp.asarray(part)) for part in parts]
-        return cls(embedded, model.decoder.rope_for(windows.shape[1]), windows.size)
+        """Embeds the windows, `batch_size` at a time for each part of the mesh's `data`."""
+        mesh = mesh_of(model.decoder)
+        parts = list(even_batches(len(windows), batch_size, ways(mesh)))
+        embedded = [model.decoder.embed(put_batch(windows[rows], mesh)) for rows, _ in parts]
+        rope = replicated(model.decoder.rope_for(windows.shape[1]), mesh)
+        return cls(embedded, [real for _, real in parts], rope, windows.size, mesh)
+
+    def moments(self, step: Callable[..., Moments], empty: Moments, block: Block, *more: Array) -> Moments:
+        """Sums over all sequences of what `step(moments, block, x, rope, *more)` adds for each batch."""
+        total = MomentSum(empty, self.mesh)
+        more = replicated(more, self.mesh)
+        for x, real in zip(self.batches, self.real, strict=True):
+            total.add(step, real, block, x, self.rope, *more)
+        return total.total()
 
 
 @dataclass(frozen=True)
@@ -76,17 +97,15 @@ class AttentionCalibration:
         """How many tokens every moment sums over."""
         return self.stream.tokens
 
-    @property
+    @functools.cached_property
     def arrays(self) -> dict[str, Array]:
-        """The attention's weights by name (`q_proj` [hidden, heads, qk], ...)."""
-        return part(decoder_to_arrays(self.block), "attention")
+        """The attention's weights by name (`q_proj` [hidden, heads, qk], ...), whole on one device."""
+        return local(part(decoder_to_arrays(self.block), "attention"))
 
     def head_moments(self) -> AttentionMoments:
         """Per-head second moments of the o-projection's input, and query-key scores."""
-        moments = statistics.empty_attention_moments(self.shape)
-        for x in self.stream.batches:
-            moments = statistics.add_attention(moments, self.block, x, self.stream.rope)
-        return check_finite(self.index, "attention", moments)
+        empty = statistics.empty_attention_moments(self.shape)
+        return check_finite(self.index, "attention", self.stream.moments(statistics.add_attention, empty, self.block))
 
     def kept_moments(
         self,
@@ -103,12 +122,14 @@ class AttentionCalibration:
         """
         v = self.shape.v_head_dim
         inputs, targets = len(heads) * v, self.shape.num_attention_heads * v
-        moments = empty_map_moments(inputs, targets)
-        index = jnp.asarray(heads)
-        for x in self.stream.batches:
-            moments = statistics.add_kept_attention(
-                moments, self.block, x, self.stream.rope, index, query_maps, key_maps
-            )
+        moments = self.stream.moments(
+            statistics.add_kept_attention,
+            empty_map_moments(inputs, targets),
+            self.block,
+            jnp.asarray(heads),
+            query_maps,
+            key_maps,
+        )
         return check_finite(self.index, "attention", moments)
 
 
@@ -122,6 +143,7 @@ class MLPCalibration:
         moments: of the down-projection's input.
         after_attention: the residual stream behind the new attention, batch by batch.
         sources: the layer's inputs where its MLP reads them (parallel blocks), else None.
+        real: how many sequences of each batch count.
         tokens: how many tokens the moments sum over.
         config: the run's settings.
     """
@@ -131,6 +153,7 @@ class MLPCalibration:
     moments: GramMoments
     after_attention: list[Array]
     sources: list[Array | None]
+    real: list[int]
     tokens: int
     config: PruneConfig
     num_layers: int
@@ -148,24 +171,34 @@ class MLPCalibration:
         """Runs the new attention over the calibration set and takes the MLP's moments on the way."""
         block = block_from_arrays(model, shape, arrays)
         inner = shape.intermediate_size
-        moments = zeros_like_moments(GramMoments, gram=(inner, inner), total=(inner,))
-        after_attention = []
-        for x in stream.batches:
-            moments, after = statistics.attend_and_add_mlp(moments, block, x, stream.rope)
-            after_attention.append(after)
+        total = MomentSum(zeros_like_moments(GramMoments, gram=(inner, inner), total=(inner,)), stream.mesh)
+        after_attention = [
+            total.add_and_pass(statistics.attend_and_add_mlp, real, block, x, stream.rope)
+            for x, real in zip(stream.batches, stream.real, strict=True)
+        ]
         sources = stream.batches if model.parallel_block else [None] * len(after_attention)
-        moments = check_finite(index, "MLP", moments)
-        return cls(index, block, moments, after_attention, list(sources), stream.tokens, config, model.num_layers)
+        return cls(
+            index,
+            block,
+            check_finite(index, "MLP", total.total()),
+            after_attention,
+            list(sources),
+            stream.real,
+            stream.tokens,
+            config,
+            model.num_layers,
+        )
 
-    @property
+    @functools.cached_property
     def arrays(self) -> dict[str, Array]:
-        """The MLP's weights by name (`up_proj` [hidden, inner], ...)."""
-        return part(decoder_to_arrays(self.block), "mlp")
+        """The MLP's weights by name (`up_proj` [hidden, inner], ...), whole on one device."""
+        return local(part(decoder_to_arrays(self.block), "mlp"))
 
     def inputs(self) -> Iterator[Float[Array, "batch seq hidden"]]:
-        """What the MLP reads, batch by batch."""
-        for after, source in zip(self.after_attention, self.sources, strict=True):
-            yield statistics.mlp_input(self.block, after, source)
+        """What the MLP reads, batch by batch, whole on one device."""
+        for after, source, real in zip(self.after_attention, self.sources, self.real, strict=True):
+            x = local(statistics.mlp_input(self.block, after, source))
+            yield x if real == len(x) else x[:real]
 
     def outputs(self, block: Block) -> list[Array]:
         """The residual stream behind the layer once its MLP is `block`'s. Uses up `after_attention`."""
@@ -186,7 +219,7 @@ def check_weights(arrays: Mapping[str, Array]) -> None:
     good = jax.jit(lambda arrays: {name: jnp.isfinite(array).all() for name, array in arrays.items()})(dict(arrays))
     for name, finite in good.items():
         if not bool(finite):
-            first = tuple(int(i) for i in np.argwhere(~np.isfinite(np.asarray(arrays[name])))[0])
+            first = tuple(int(i) for i in np.argwhere(~np.isfinite(to_host(arrays[name])))[0])
             raise InputError(f"{name} is not finite at {first}: the model is damaged, or overflowed when converted")
 
 

@@ -11,12 +11,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from intraslice_jax.config import LayerShape, ModelConfig, PruneConfig
 from intraslice_jax.errors import InputError
-from intraslice_jax.model import LanguageModel
+from intraslice_jax.model import LanguageModel, on_mesh
 from intraslice_jax.models.decoder import block_from_arrays, decoder_from_arrays, decoder_to_arrays
+from intraslice_jax.parallel.mesh import ways
+from intraslice_jax.parallel.placement import gathered, mesh_of, put_weights
+from intraslice_jax.parallel.rules import RULES
 from intraslice_jax.prune.biases import with_output_biases
 from intraslice_jax.prune.budget import LayerRatios, Ledger
 from intraslice_jax.prune.calibration import AttentionCalibration, MLPCalibration, ResidualStream, check_weights
@@ -49,6 +53,7 @@ def prune_model(
     on_layer: Callable[[LayerRecord], None] | None = None,
     on_batch: Callable[[int, int], None] | None = None,
     ratios: LayerRatios | None = None,
+    mesh: Mesh | None = None,
 ) -> LanguageModel:
     """A really smaller model (paper algorithm 1 with the fused weights kept; docs/method.md sections 2 and 3).
 
@@ -59,9 +64,11 @@ def prune_model(
         on_layer: called after each layer with its record.
         on_batch: called while the ratios are estimated with the sequences done and their number.
         ratios: given, they are used instead of what `config.ratios` estimates.
+        mesh: to spread the work over (`intraslice_jax.parallel.mesh`); None leaves the model on the device or the
+            mesh that it is on.
 
     Returns:
-        The pruned model; its `report` holds the records and the fractions removed.
+        The pruned model, on the same devices; its `report` holds the records and the fractions removed.
 
     Raises:
         InputError: the windows or the configuration do not fit the model, or a weight is not finite.
@@ -70,19 +77,23 @@ def prune_model(
     started = time.monotonic()
     method = create_method(config.method)
     _check_windows(model, windows)
+    mesh = mesh or mesh_of(model.decoder)
+    model = on_mesh(model, mesh)
     check_weights(decoder_to_arrays(model.decoder))
     dense = model.config
     if config.output_biases:
-        model = with_output_biases(model)
+        model = on_mesh(with_output_biases(model), mesh)
     with jax.default_matmul_precision("highest"):
         ratios = ratios or estimate_ratios(model, windows, config, on_batch)
         estimated = time.monotonic()
-        stream = ResidualStream.start(model, windows, _batch_size(model.config, windows.shape, config))
+        batch_size = _batch_size(model.config, windows.shape, config, ways(mesh))
+        stream = ResidualStream.start(model, windows, batch_size)
         blocks, records = _prune_layers(model, stream, method, ratios, config, on_layer)
     arrays = {k: v for k, v in decoder_to_arrays(model.decoder).items() if not k.startswith("layers.")}
     for i, block in enumerate(blocks):
         arrays |= {f"layers.{i}.{name}": array for name, array in block.arrays.items()}
     pruned = model.config.with_layers(tuple(block.shape for block in blocks))
+    arrays = arrays if mesh is None else put_weights(arrays, mesh)
     report = {
         "sparsity": config.sparsity,
         "method": config.method,
@@ -121,18 +132,19 @@ def _prune_layers(
     records: list[LayerRecord] = []
     for i, block in enumerate(model.decoder.layers):
         started = time.monotonic()
+        block = gathered(block)
         arrays = decoder_to_arrays(block)
         calibration = AttentionCalibration(
             i, block, model.config.layers[i], stream, config, model.config, ledger.attention_range(i)
         )
         attention = method.prune_attention(calibration, ratios.attention[i])
         ledger.attention_done(i, attention.shape)
-        arrays = _replace(arrays, "attention", attention.arrays)
+        arrays = _replace(arrays, "attention", attention.arrays, stream.mesh)
 
         width = ledger.mlp_width(i)
         calibration = MLPCalibration.run(i, model.config, attention.shape, arrays, stream, config)
         mlp = method.prune_mlp(calibration, width)
-        arrays = _replace(arrays, "mlp", mlp.arrays)
+        arrays = _replace(arrays, "mlp", mlp.arrays, stream.mesh)
 
         shape = dataclasses.replace(attention.shape, intermediate_size=width)
         stream.batches = calibration.outputs(block_from_arrays(model.config, shape, arrays))
@@ -157,13 +169,13 @@ def _prune_layers(
     return blocks, records
 
 
-def _replace(arrays: Mapping[str, Array], module: str, new: Mapping[str, Array]) -> dict[str, Array]:
+def _replace(arrays: Mapping[str, Array], module: str, new: Mapping[str, Array], mesh: Mesh | None) -> dict[str, Array]:
     """The block's arrays with one module's exchanged, in the dtypes they had."""
     cast = {
         f"{module}.{name}": jnp.asarray(np.asarray(array), arrays[f"{module}.{name}"].dtype)
         for name, array in new.items()
     }
-    return {**arrays, **cast}
+    return {**arrays, **(cast if mesh is None else put_weights(cast, mesh, RULES.in_use(), quiet=True))}
 
 
 def _check_windows(model: LanguageModel, windows: np.ndarray) -> None:
@@ -179,10 +191,11 @@ def _check_windows(model: LanguageModel, windows: np.ndarray) -> None:
             raise InputError(f"calibration holds token {token}, the vocabulary has {model.config.vocab_size}")
 
 
-def _batch_size(model: ModelConfig, shape: tuple[int, ...], config: PruneConfig) -> int:
-    """The largest divisor of the number of windows whose activations fit the memory budget."""
+def _batch_size(model: ModelConfig, shape: tuple[int, ...], config: PruneConfig, ways: int) -> int:
+    """The largest divisor of the windows of each of `ways` device rows whose activations fit the memory budget."""
     samples, seq = shape
-    wanted = config.batch_size
+    samples = max(1, samples // ways)
+    wanted = -(-config.batch_size // ways)
     if not wanted:
         widest = max(model.layers, key=lambda layer: layer.intermediate_size)
         per_token = 8 * model.hidden_size + 4 * widest.intermediate_size

@@ -21,10 +21,8 @@ def attention_moments(layer: AttentionCalibration) -> GramMoments:
         RunError: an entry is not finite.
     """
     channels = layer.shape.num_attention_heads * layer.shape.v_head_dim
-    moments = zeros_like_moments(GramMoments, gram=(channels, channels), total=(channels,))
-    for x in layer.stream.batches:
-        moments = _add(moments, layer.block, x, layer.stream.rope)
-    return check_finite(layer.index, "attention", moments)
+    empty = zeros_like_moments(GramMoments, gram=(channels, channels), total=(channels,))
+    return check_finite(layer.index, "attention", layer.stream.moments(_add, empty, layer.block))
 
 
 @functools.partial(jax.jit, donate_argnums=0)

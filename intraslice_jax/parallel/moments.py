@@ -1,0 +1,131 @@
+"""Sums over the calibration set: each device adds up its own sequences, and a module's sums meet once."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from intraslice_jax.parallel.mesh import DATA, ways
+from intraslice_jax.parallel.rules import RULES, partition
+
+Moments = TypeVar("Moments")
+
+
+class MomentSum(Generic[Moments]):
+    """A named tuple of float32 sums over all sequences.
+
+    Without a mesh the steps run as they are. On a mesh the sums have a leading axis over `data`, one entry per
+    device row, to which the step's result on that row's sequences is added without any communication over `data`;
+    `total` adds the rows up in one collective.
+
+    Args:
+        empty: zeros.
+        mesh: with the axis `data`, or None.
+    """
+
+    def __init__(self, empty: Moments, mesh: Mesh | None) -> None:
+        self._mesh = mesh
+        self._moments = empty if mesh is None else _zeros(empty, mesh)
+
+    def add(self, step: Callable[..., Moments], real: int, block: Any, x: Array, *more: Any) -> None:
+        """Adds a batch: `step(moments, block, x, *more)` returns the moments with it.
+
+        Args:
+            step: jitted, from `intraslice_jax.calibrate.statistics`.
+            real: how many of the batch's sequences count, see `intraslice_jax.parallel.batches`.
+            block: weights, gathered over `data`.
+            x: [batch, seq, hidden], split over `data`.
+            more: the same on every device.
+        """
+        if self._mesh is None:
+            self._moments = step(self._moments, block, x, *more)
+        else:
+            partial = _partial(real, x, self._mesh)
+            self._moments = add_on_mesh(step, self._mesh, False, self._moments, partial, block, x, more)[0]
+
+    def add_and_pass(
+        self, step: Callable[..., tuple[Moments, Array]], real: int, block: Any, x: Array, *more: Any
+    ) -> Float[Array, "batch seq hidden"]:
+        """`add` for a step that returns activations behind the moments."""
+        if self._mesh is None:
+            self._moments, out = step(self._moments, block, x, *more)
+        else:
+            partial = _partial(real, x, self._mesh)
+            self._moments, out = add_on_mesh(step, self._mesh, True, self._moments, partial, block, x, more)
+        return out
+
+    def total(self) -> Moments:
+        """The sums, whole, on one device of every process."""
+        if self._mesh is None:
+            return self._moments
+        return jax.tree.map(lambda array: array.addressable_data(0), reduce_over_data(self._moments, self._mesh))
+
+
+def _zeros(empty: Moments, mesh: Mesh) -> Moments:
+    stacked = jax.tree.map(lambda a: jax.ShapeDtypeStruct((ways(mesh), *a.shape), a.dtype), empty)
+    shardings = jax.tree.map(lambda a: moment_sharding(a.shape, mesh), stacked)
+    return jax.jit(lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), stacked), out_shardings=shardings)()
+
+
+def moment_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Of a sum with the leading axis over `data`: its own rows over `model`, where they divide."""
+    logical = ("batch", "rows", *(None for _ in shape[2:]))
+    return NamedSharding(mesh, partition(logical, shape, mesh.shape, RULES)[0])
+
+
+def _partial(real: int, x: Array, mesh: Mesh) -> Array | None:
+    """None for a full batch: then nothing has to be masked."""
+    return None if real == len(x) else jnp.asarray(real, jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("step", "mesh", "passes"), donate_argnames="moments")
+def add_on_mesh(
+    step: Callable[..., Any],
+    mesh: Mesh,
+    passes: bool,
+    moments: Any,
+    real: Array | None,
+    block: Any,
+    x: Float[Array, "batch seq hidden"],
+    more: tuple[Any, ...],
+) -> tuple[Any, Array | None]:
+    """One batch: the stacked moments with it, and what the step passes on.
+
+    Only `data` is handled by hand; the compiler splits the step over `model` as the weights are split.
+    """
+
+    def on_row(moments: Any, real: Array | None, block: Any, x: Array, more: tuple[Any, ...]) -> tuple[Any, Any]:
+        old = jax.tree.map(lambda a: a[0], moments)
+        result = step(old, block, x, *more)
+        new, out = result if passes else (result, None)
+        if real is not None:
+            # A last batch has one sequence per device row, and the rows behind the real ones hold copies.
+            counts = jax.lax.axis_index(DATA) < real
+            new = jax.tree.map(lambda n, o: jnp.where(counts, n, o), new, old)
+        return jax.tree.map(lambda a: a[None], new), out
+
+    rows, whole = PartitionSpec(DATA), PartitionSpec()
+    sharded = jax.shard_map(
+        on_row,
+        mesh=mesh,
+        in_specs=(rows, whole, whole, rows, whole),
+        out_specs=(rows, rows),
+        axis_names={DATA},
+        check_vma=False,
+    )
+    new, out = sharded(moments, real, block, x, more)
+    shardings = jax.tree.map(lambda a: moment_sharding(a.shape, mesh), new)
+    return jax.lax.with_sharding_constraint(new, shardings), out
+
+
+@functools.partial(jax.jit, static_argnames="mesh", donate_argnames="moments")
+def reduce_over_data(moments: Moments, mesh: Mesh) -> Moments:
+    """Stacked moments added up, whole on every device."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a.sum(0), whole), moments)
