@@ -17,12 +17,13 @@ def even_batches(count: int, per_device: int, ways: int) -> Iterator[tuple[Int[n
 
     Args:
         count: how many sequences there are.
-        per_device: a divisor of `count // ways`.
+        per_device: best a divisor of `count // ways`: else one more batch is smaller.
         ways: device rows.
     """
     full = count - count % ways
     for start in range(0, full, per_device * ways):
-        yield np.arange(start, start + per_device * ways), per_device * ways
+        stop = min(start + per_device * ways, full)
+        yield np.arange(start, stop), stop - start
     if full < count:
         yield np.minimum(np.arange(full, full + ways), count - 1), count - full
 
