@@ -42,6 +42,10 @@ class TensorSource(ABC):
     def read(self, name: str) -> np.ndarray:
         """One tensor, in an array that nothing else refers to."""
 
+    def view(self, name: str) -> np.ndarray:
+        """One tensor of which only parts are used; what is not looked at need not be read."""
+        return self.read(name)
+
 
 class _Place(NamedTuple):
     file: Path
@@ -72,6 +76,12 @@ class Safetensors(TensorSource):
         place = self._places[name]
         count = math.prod(place.shape)
         return np.fromfile(place.file, place.dtype, count, offset=place.offset).reshape(place.shape)
+
+    def view(self, name: str) -> np.ndarray:
+        place = self._places[name]
+        if not math.prod(place.shape):
+            return self.read(name)
+        return np.memmap(place.file, place.dtype, "r", place.offset, place.shape)
 
 
 def _read_header(file: Path) -> dict[str, _Place]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from intraslice_jax.config import ModelConfig
 from intraslice_jax.errors import InputError
 from intraslice_jax.models.decoder import Decoder, abstract_arrays, decoder_from_arrays, decoder_to_arrays
-from intraslice_jax.parallel.placement import mesh_of, put, put_weights
+from intraslice_jax.parallel.placement import mesh_of, put_parts, put_weights
 from intraslice_jax.parallel.rules import weight_shardings
 
 
@@ -70,7 +70,9 @@ class StoredModel:
         else:
             shapes = {path: tuple(a.shape) for path, a in abstract_arrays(self.config).items()}
             shardings = weight_shardings(shapes, mesh)
-            arrays = {path: put(self.arrays[path], sharding) for path, sharding in shardings.items()}
+            arrays = {
+                path: put_parts(self.arrays, path, shapes[path], sharding) for path, sharding in shardings.items()
+            }
         decoder = decoder_from_arrays(self.config, arrays)
         return LanguageModel(self.config, decoder, self.tokenizer, self.name, self.generation_config, self.report)
 

@@ -81,11 +81,32 @@ def empty_map_moments(inputs: int, targets: int) -> MapMoments:
 
 def zeros_like_moments(kind: Callable[..., Moments], **shapes: tuple[int, ...]) -> Moments:
     """An empty accumulator."""
-    return kind(**{name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()})
+    return kind(**_zeros(tuple(shapes.items())))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _zeros(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> dict[str, Array]:
+    return {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes}
 
 
 def _product(spec: str, a: Array, b: Array) -> Array:
     return jnp.einsum(spec, a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+
+SYMMETRIC_BLOCKS = 4
+"""Column blocks of a Gram matrix; what lies below its block diagonal is copied and not computed."""
+
+
+def _gram(y: Float[Array, "tokens channels"]) -> Float[Array, "channels channels"]:
+    """y^T y, from 5/8 of the arithmetic where the matrix is large."""
+    channels = y.shape[1]
+    if channels < 256 or channels % SYMMETRIC_BLOCKS:
+        return _product("ni,nj->ij", y, y)
+    width = channels // SYMMETRIC_BLOCKS
+    rows = [_product("ni,nj->ij", y[:, i : i + width], y[:, i:]) for i in range(0, channels, width)]
+    upper = jnp.concatenate([jnp.pad(row, ((0, 0), (channels - row.shape[1], 0))) for row in rows])
+    block = jnp.arange(channels) // width
+    return jnp.where(block[:, None] <= block[None, :], upper, upper.T)
 
 
 def _flat(y: Array) -> Array:
@@ -95,28 +116,40 @@ def _flat(y: Array) -> Array:
 
 def _add_pair(moments: MapMoments, inputs: Array, targets: Array) -> MapMoments:
     return MapMoments(
-        moments.gram + _product("ni,nj->ij", inputs, inputs),
+        moments.gram + _gram(inputs),
         moments.cross + _product("ni,nj->ij", inputs, targets),
-        moments.target_gram + _product("ni,nj->ij", targets, targets),
+        moments.target_gram + _gram(targets),
         moments.input_sum + inputs.sum(0),
         moments.target_sum + targets.sum(0),
     )
 
 
-@functools.partial(jax.jit, donate_argnums=0)
+class Mixed(NamedTuple):
+    """An attention's queries and keys (after RoPE), values and output y on one batch."""
+
+    q: Float[Array, "batch seq heads qk"]
+    k: Float[Array, "batch seq kv qk"]
+    v: Float[Array, "batch seq kv v"]
+    y: Float[Array, "batch seq heads v"]
+
+
+@jax.jit
+def mix(block: Block, x: Float[Array, "batch seq hidden"], rope: RopeTable) -> Mixed:
+    """Runs the attention as it is, up to the o-projection's input."""
+    q, k, v = block.attention.project(block.input_norm(x), rope)
+    return Mixed(q, k, v, block.attention.mix_projected(q, k, v))
+
+
+@functools.partial(jax.jit, static_argnames=("query_to_kv", "rotary_dim"), donate_argnums=0)
 def add_attention(
-    moments: AttentionMoments, block: Block, x: Float[Array, "batch seq hidden"], rope: RopeTable
+    moments: AttentionMoments, mixed: Mixed, query_to_kv: tuple[int, ...], rotary_dim: int
 ) -> AttentionMoments:
     """Adds a batch to the moments of the attention as it is."""
-    attention = block.attention
-    q, k, v = attention.project(block.input_norm(x), rope)
-    y = attention.mix_projected(q, k, v).astype(jnp.float32)
-    q, k = q.astype(jnp.float32), k.astype(jnp.float32)
-    rotary_dim = 2 * attention.rope_pairs.shape[-1]
+    q, k, y = (a.astype(jnp.float32) for a in (mixed.q, mixed.k, mixed.y))
     rest_q, rest_k = q[..., rotary_dim:], k[..., rotary_dim:]
     return AttentionMoments(
         moments.head_gram + _product("bthv,bthw->hvw", y, y),
-        moments.pair_scores + jnp.abs(q * k[:, :, jnp.asarray(attention.query_to_kv)]).sum((0, 1)),
+        moments.pair_scores + jnp.abs(q * k[:, :, jnp.asarray(query_to_kv)]).sum((0, 1)),
         moments.rest_query_gram + _product("bthv,bthw->hvw", rest_q, rest_q),
         moments.rest_key_gram + _product("bthv,bthw->hvw", rest_k, rest_k),
     )
@@ -140,45 +173,53 @@ def finish_layer(
     return after_attention + block.mlp(block.mlp_input(source, after_attention))
 
 
-@functools.partial(jax.jit, donate_argnums=0)
+@functools.partial(jax.jit, static_argnames=("scale", "sliding_window"), donate_argnums=0)
 def add_kept_attention(
     moments: MapMoments,
-    block: Block,
-    x: Float[Array, "batch seq hidden"],
-    rope: RopeTable,
+    mixed: Mixed,
     heads: Int[Array, " kept"],
+    kv: Int[Array, " kept"],
     query_maps: Float[Array, "kept qk width"],
     key_maps: Float[Array, "kept qk width"],
+    scale: float,
+    sliding_window: int | None,
 ) -> MapMoments:
     """Adds a batch to the moments of the attention re-run with what is kept (docs/method.md 2.3).
 
     Inputs are y' of the kept heads, whose queries and keys went through a map each (RoPE done), targets are the
     full attention's y on the same x.
     """
-    attention = block.attention
-    q, k, v = attention.project(block.input_norm(x), rope)
-    full = _flat(attention.mix_projected(q, k, v))
-    kv = jnp.asarray(attention.query_to_kv)[heads]
-    kept_q = jnp.einsum("bthk,hkw->bthw", q[:, :, heads], query_maps.astype(q.dtype))
-    kept_k = jnp.einsum("bthk,hkw->bthw", k[:, :, kv], key_maps.astype(k.dtype))
+    kept_q = jnp.einsum("bthk,hkw->bthw", mixed.q[:, :, heads], query_maps.astype(mixed.q.dtype))
+    kept_k = jnp.einsum("bthk,hkw->bthw", mixed.k[:, :, kv], key_maps.astype(mixed.k.dtype))
     every = tuple(range(heads.shape[0]))
-    kept = attend_causally(kept_q, kept_k, v[:, :, kv], every, attention.scale, attention.sliding_window)
-    return _add_pair(moments, _flat(kept), full)
+    kept = attend_causally(kept_q, kept_k, mixed.v[:, :, kv], every, scale, sliding_window)
+    return _add_pair(moments, _flat(kept), _flat(mixed.y))
+
+
+@functools.partial(jax.jit, donate_argnums=1)
+def finish_selected(
+    block: Block,
+    after_attention: Float[Array, "batch seq hidden"],
+    inner: Float[Array, "batch seq inner"],
+    channels: Int[Array, " kept"],
+) -> Float[Array, "batch seq hidden"]:
+    """`finish_layer` where the new MLP's inner activations are some of the old one's."""
+    return after_attention + block.mlp.output(inner[..., channels])
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def attend_and_add_mlp(
     moments: GramMoments, block: Block, x: Float[Array, "batch seq hidden"], rope: RopeTable
-) -> tuple[GramMoments, Float[Array, "batch seq hidden"]]:
+) -> tuple[GramMoments, Float[Array, "batch seq hidden"], Float[Array, "batch seq inner"]]:
     """Runs the (pruned) attention and adds the moments of the down-projection's input.
 
     Returns:
-        The accumulator and the residual stream behind the attention.
+        The accumulator, the residual stream behind the attention, and the down-projection's input.
     """
     after_attention = x + block.attention(block.input_norm(x), rope)
-    z = _flat(block.mlp.inner(block.mlp_input(x, after_attention)))
-    gram = moments.gram + _product("ni,nj->ij", z, z)
-    return GramMoments(gram, moments.total + z.sum(0)), after_attention
+    inner = block.mlp.inner(block.mlp_input(x, after_attention))
+    z = _flat(inner)
+    return GramMoments(moments.gram + _gram(z), moments.total + z.sum(0)), after_attention, inner
 
 
 @functools.partial(jax.jit, static_argnames="hidden_act", donate_argnums=0)

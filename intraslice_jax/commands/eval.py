@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from tyro.conf import OmitArgPrefixes
+
 from intraslice_jax.commands._types import Checkpoint, Config, Dtype, Files, JsonOutput
+from intraslice_jax.config import ParallelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,7 @@ class Options:
     output: JsonOutput = None
     config: Config = None
     overwrite: bool = False
+    parallel: OmitArgPrefixes[ParallelConfig] = field(default_factory=ParallelConfig)
 
 
 def run(options: Options) -> None:
@@ -60,11 +64,13 @@ def run(options: Options) -> None:
     from intraslice_jax.environment import peak_rss_bytes
     from intraslice_jax.evaluate.perplexity import perplexity
     from intraslice_jax.io.checkpoint import versions
+    from intraslice_jax.parallel.distributed import is_first
+    from intraslice_jax.parallel.mesh import make_mesh
     from intraslice_jax.progress import duration, window_progress
     from intraslice_jax.settings import as_settings
 
     text = _read(options)
-    model = api.load(options.checkpoint, options.dtype)
+    model = api.load(options.checkpoint, options.dtype, make_mesh(options.parallel.mesh))
     windows = api.text_windows(model, text, options.sequence_length, options.windows)
     with window_progress("evaluating") as on_batch:
         result = perplexity(model, windows, options.batch_size, on_batch)
@@ -87,7 +93,7 @@ def run(options: Options) -> None:
         rows.append(["removed from blocks", percent(model.report["removed_block_fraction"])])
     rows += [["time", duration(result.seconds)], ["peak memory", gibibytes(facts["peak_rss_bytes"])]]
     print_table(rows)
-    if options.output is not None:
+    if options.output is not None and is_first():
         write_json(options.output, facts)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from tyro.conf import OmitArgPrefixes
 
 from intraslice_jax.commands._types import Config, Dtype, Model, Output
-from intraslice_jax.config import CalibrationConfig, PruneConfig
+from intraslice_jax.config import CalibrationConfig, ParallelConfig, PruneConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,7 @@ class Options:
     dtype: Dtype | None = None
     prune: OmitArgPrefixes[PruneConfig] = field(default_factory=PruneConfig)
     calibrate: OmitArgPrefixes[CalibrationConfig] = field(default_factory=CalibrationConfig)
+    parallel: OmitArgPrefixes[ParallelConfig] = field(default_factory=ParallelConfig)
 
 
 def run(options: Options) -> None:
@@ -47,13 +48,14 @@ def run(options: Options) -> None:
     from intraslice_jax.calibrate.sources import read_sources
     from intraslice_jax.commands._output import gibibytes, number, percent, print_table
     from intraslice_jax.environment import peak_rss_bytes
+    from intraslice_jax.parallel.mesh import make_mesh
     from intraslice_jax.progress import duration, layer_progress
     from intraslice_jax.settings import as_settings
 
     started = time.monotonic()
     calibrate = options.calibrate
     text = read_sources(calibrate.calibration, calibrate.split, calibrate.column, "--calibration")
-    model = api.load(options.model, options.dtype)
+    model = api.load(options.model, options.dtype, make_mesh(options.parallel.mesh))
     with layer_progress(model.config.num_layers) as on_layer:
         pruned = api.prune_calibrated(model, text, options.prune, calibrate, on_layer)
     report = {

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from intraslice_jax.parallel.mesh import DATA, ways
 from intraslice_jax.parallel.rules import RULES, partition
@@ -33,32 +33,45 @@ class MomentSum(Generic[Moments]):
         self._mesh = mesh
         self._moments = empty if mesh is None else _zeros(empty, mesh)
 
-    def add(self, step: Callable[..., Moments], real: int, block: Any, x: Array, *more: Any) -> None:
-        """Adds a batch: `step(moments, block, x, *more)` returns the moments with it.
+    def add(self, step: Callable[..., Moments], real: int, split: int, *args: Any, **statics: Hashable) -> None:
+        """Adds a batch: `step(moments, *args, **statics)` returns the moments with it.
 
         Args:
-            step: jitted, from `intraslice_jax.calibrate.statistics`.
+            step: jitted, for example from `intraslice_jax.calibrate.statistics`.
             real: how many of the batch's sequences count, see `intraslice_jax.parallel.batches`.
-            block: weights, gathered over `data`.
-            x: [batch, seq, hidden], split over `data`.
-            more: the same on every device.
+            split: which of the arguments is the batch, split over `data`; the others are the same on every row.
+            args: arrays.
+            statics: what the step is compiled for.
         """
         if self._mesh is None:
-            self._moments = step(self._moments, block, x, *more)
+            self._moments = step(self._moments, *args, **statics)
         else:
-            partial = _partial(real, x, self._mesh)
-            self._moments = add_on_mesh(step, self._mesh, False, self._moments, partial, block, x, more)[0]
+            self._moments = self._on_mesh(step, real, split, args, statics, False)[0]
 
     def add_and_pass(
-        self, step: Callable[..., tuple[Moments, Array]], real: int, block: Any, x: Array, *more: Any
-    ) -> Float[Array, "batch seq hidden"]:
-        """`add` for a step that returns activations behind the moments."""
+        self, step: Callable[..., tuple[Any, ...]], real: int, split: int, *args: Any, **statics: Hashable
+    ) -> tuple[Any, ...]:
+        """`add` for a step that returns activations behind the moments; they are passed on, split like the batch."""
         if self._mesh is None:
-            self._moments, out = step(self._moments, block, x, *more)
+            self._moments, *out = step(self._moments, *args, **statics)
         else:
-            partial = _partial(real, x, self._mesh)
-            self._moments, out = add_on_mesh(step, self._mesh, True, self._moments, partial, block, x, more)
-        return out
+            self._moments, *out = self._on_mesh(step, real, split, args, statics, True)
+        return tuple(out)
+
+    def _on_mesh(
+        self,
+        step: Callable[..., Any],
+        real: int,
+        split: int,
+        args: tuple[Any, ...],
+        statics: Mapping[str, Hashable],
+        passes: bool,
+    ) -> tuple[Any, ...]:
+        (batch, *_) = jax.tree.leaves(args[split])
+        partial = None if real == len(batch) else jnp.asarray(real, jnp.int32)  # a full batch needs no mask
+        return add_on_mesh(
+            step, self._mesh, split, tuple(sorted(statics.items())), passes, self._moments, partial, args
+        )
 
     def total(self) -> Moments:
         """The sums, whole, on one device of every process."""
@@ -79,49 +92,40 @@ def moment_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, partition(logical, shape, mesh.shape, RULES)[0])
 
 
-def _partial(real: int, x: Array, mesh: Mesh) -> Array | None:
-    """None for a full batch: then nothing has to be masked."""
-    return None if real == len(x) else jnp.asarray(real, jnp.int32)
-
-
-@functools.partial(jax.jit, static_argnames=("step", "mesh", "passes"), donate_argnames="moments")
+@functools.partial(jax.jit, static_argnames=("step", "mesh", "split", "statics", "passes"), donate_argnames="moments")
 def add_on_mesh(
     step: Callable[..., Any],
     mesh: Mesh,
+    split: int,
+    statics: tuple[tuple[str, Hashable], ...],
     passes: bool,
     moments: Any,
     real: Array | None,
-    block: Any,
-    x: Float[Array, "batch seq hidden"],
-    more: tuple[Any, ...],
-) -> tuple[Any, Array | None]:
-    """One batch: the stacked moments with it, and what the step passes on.
+    args: tuple[Any, ...],
+) -> tuple[Any, ...]:
+    """One batch: the stacked moments with it, then what the step passes on.
 
     Only `data` is handled by hand; the compiler splits the step over `model` as the weights are split.
     """
 
-    def on_row(moments: Any, real: Array | None, block: Any, x: Array, more: tuple[Any, ...]) -> tuple[Any, Any]:
+    def on_row(moments: Any, real: Array | None, args: tuple[Any, ...]) -> tuple[Any, ...]:
         old = jax.tree.map(lambda a: a[0], moments)
-        result = step(old, block, x, *more)
-        new, out = result if passes else (result, None)
+        result = step(old, *args, **dict(statics))
+        new, *out = result if passes else (result,)
         if real is not None:
             # A last batch has one sequence per device row, and the rows behind the real ones hold copies.
             counts = jax.lax.axis_index(DATA) < real
             new = jax.tree.map(lambda n, o: jnp.where(counts, n, o), new, old)
-        return jax.tree.map(lambda a: a[None], new), out
+        return jax.tree.map(lambda a: a[None], new), *out
 
     rows, whole = PartitionSpec(DATA), PartitionSpec()
+    specs = tuple(rows if i == split else whole for i in range(len(args)))
     sharded = jax.shard_map(
-        on_row,
-        mesh=mesh,
-        in_specs=(rows, whole, whole, rows, whole),
-        out_specs=(rows, rows),
-        axis_names={DATA},
-        check_vma=False,
+        on_row, mesh=mesh, in_specs=(rows, whole, specs), out_specs=rows, axis_names={DATA}, check_vma=False
     )
-    new, out = sharded(moments, real, block, x, more)
+    new, *out = sharded(moments, real, args)
     shardings = jax.tree.map(lambda a: moment_sharding(a.shape, mesh), new)
-    return jax.lax.with_sharding_constraint(new, shardings), out
+    return jax.lax.with_sharding_constraint(new, shardings), *out
 
 
 @functools.partial(jax.jit, static_argnames="mesh", donate_argnames="moments")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,22 @@ def put(array: np.ndarray | Array, sharding: NamedSharding) -> Array:
         return jax.device_put(array, sharding)
     host = np.asarray(array)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+@runtime_checkable
+class ReadsParts(Protocol):
+    """Stored arrays of which a part can be read without the rest."""
+
+    def part(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
+        """`arrays[path][index]`."""
+        ...
+
+
+def put_parts(arrays: Mapping[str, np.ndarray], path: str, shape: tuple[int, ...], sharding: NamedSharding) -> Array:
+    """A stored array on the mesh; every process reads its parts alone where the storage allows that."""
+    if isinstance(arrays, ReadsParts):
+        return jax.make_array_from_callback(shape, sharding, lambda index: arrays.part(path, index))
+    return put(arrays[path], sharding)
 
 
 def put_weights(

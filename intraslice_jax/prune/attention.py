@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from intraslice_jax.calibrate.statistics import AttentionMoments, MapMoments
 from intraslice_jax.config import LayerShape
-from intraslice_jax.prune.compensation import Compensation, Sums, relative_error, ridge
-from intraslice_jax.prune.linalg import eigh_descending, to_solver
+from intraslice_jax.prune.compensation import Sums, relative_error, ridge
+from intraslice_jax.prune.linalg import eigh_descending, solver_name, to_solver
 from intraslice_jax.prune.method import PrunedAttention
 
 
@@ -73,11 +75,9 @@ class HeadEnergies:
     """
 
     def __init__(self, o_proj: Float[Array, "heads v hidden"], head_gram: Float[Array, "heads v v"]) -> None:
-        gram = to_solver(head_gram)
-        norms = jnp.square(to_solver(o_proj)).sum(-1)
-        self.channel_scores = np.asarray(norms * jnp.diagonal(gram, axis1=1, axis2=2))
+        scores, spectra = _scores_and_spectra(to_solver(o_proj), to_solver(head_gram))
+        self.channel_scores, spectra = np.asarray(scores), np.asarray(spectra)
         self.total = self.channel_scores.sum(1)
-        spectra = np.asarray(eigh_descending(gram)[0])
         # A head that is never attended to has no spectrum and no energy.
         shares = spectra / np.maximum(spectra.sum(1, keepdims=True), np.finfo(np.float64).tiny)
         self.cumulative = np.concatenate([np.zeros((len(shares), 1)), np.cumsum(shares, 1)], 1)
@@ -85,6 +85,12 @@ class HeadEnergies:
     def of(self, heads: np.ndarray, width: int) -> np.ndarray:
         """E_h(width) of the given heads."""
         return self.total[heads] * self.cumulative[heads, width]
+
+
+@jax.jit
+def _scores_and_spectra(o_proj: Array, head_gram: Array) -> tuple[Array, Array]:
+    norms = jnp.square(o_proj).sum(-1)
+    return norms * jnp.diagonal(head_gram, axis1=1, axis2=2), eigh_descending(head_gram)[0]
 
 
 def plan_heads(energies: HeadEnergies, kept_channels: int) -> tuple[np.ndarray, int]:
@@ -145,20 +151,17 @@ def query_key_maps(moments: AttentionMoments, plan: AttentionPlan, shape: LayerS
     channels = np.concatenate([pairs, pairs + half], 1)
     selection = np.zeros((len(pairs), shape.qk_head_dim, plan.qk_width))
     np.put_along_axis(selection[..., : plan.rotary_width], channels[:, None], 1.0, 1)  # column j picks channels[:, j]
-    query = key = jnp.asarray(selection)
+    query, key = selection, selection.copy()
     if plan.rest_width:
-        to_kv = np.asarray(plan.query_to_kv)
-        query_gram = to_solver(moments.rest_query_gram)[np.asarray(plan.heads)]
-        groups = jnp.stack([query_gram[to_kv == kv].sum(0) for kv in plan.kv_heads])
-        keys = to_solver(moments.rest_key_gram)[np.asarray(plan.kv_heads)]
-        left, right = (
-            (jnp.broadcast_to(jnp.eye(rest), groups.shape),) * 2
-            if plan.rest_width == rest
-            else product_bases(groups, keys, plan.rest_width)
-        )
-        query = query.at[:, shape.rotary_dim :, plan.rotary_width :].set(left)
-        key = key.at[:, shape.rotary_dim :, plan.rotary_width :].set(right)
-    return QueryKeyMaps(query, key, pairs)
+        left = right = np.eye(rest)
+        if plan.rest_width < rest:
+            to_kv, kept_kv = np.asarray(plan.local_query_to_kv), np.asarray(plan.kv_heads)
+            query_gram = to_solver(np.asarray(moments.rest_query_gram)[list(plan.heads)])
+            keys = to_solver(np.asarray(moments.rest_key_gram)[kept_kv])
+            left, right = product_bases(sum_groups(query_gram, to_kv, len(kept_kv)), keys, plan.rest_width)
+        query[:, shape.rotary_dim :, plan.rotary_width :] = left
+        key[:, shape.rotary_dim :, plan.rotary_width :] = right
+    return QueryKeyMaps(jnp.asarray(query), jnp.asarray(key), pairs)
 
 
 def select_pairs(
@@ -173,6 +176,7 @@ def select_pairs(
     return np.asarray(best, np.int32)
 
 
+@functools.partial(jax.jit, static_argnames="width")
 def product_bases(
     query_gram: Float[Array, "kv rest rest"], key_gram: Float[Array, "kv rest rest"], width: int
 ) -> tuple[Float[Array, "kv rest width"], Float[Array, "kv rest width"]]:
@@ -196,18 +200,22 @@ def _roots(grams: Float[Array, "kv n n"]) -> tuple[Array, Array]:
     return vectors * root[:, None] @ transposed, vectors * inverse[:, None] @ transposed
 
 
-def value_bases(kept_gram: Float[Array, "inputs inputs"], plan: AttentionPlan) -> Float[Array, "kv v width"]:
-    """Principal directions of each group's y' (docs/method.md 2.3).
+def sum_groups(
+    blocks: Float[Array, "heads n n"], to_kv: Int[Array, " heads"] | Int[np.ndarray, " heads"], kv_heads: int
+) -> Float[Array, "kv n n"]:
+    """Sums over the query heads of each KV head."""
+    return jax.ops.segment_sum(blocks, jnp.asarray(to_kv), kv_heads)
 
-    Args:
-        kept_gram: second moment of the kept heads' y', [kept heads * v, kept heads * v].
-        plan: which heads belong together.
-    """
-    heads = len(plan.heads)
-    v = len(kept_gram) // heads
-    blocks = kept_gram.reshape(heads, v, heads, v)[jnp.arange(heads), :, jnp.arange(heads)]
-    groups = jnp.stack([blocks[np.asarray(plan.query_to_kv) == kv].sum(0) for kv in plan.kv_heads])
-    return eigh_descending(groups)[1][:, :, : plan.v_width]
+
+def head_blocks(gram: Float[Array, "inputs inputs"], heads: int) -> Float[Array, "heads v v"]:
+    """Diagonal blocks of a Gram matrix of heads side by side."""
+    v = len(gram) // heads
+    return gram.reshape(heads, v, heads, v)[jnp.arange(heads), :, jnp.arange(heads)]
+
+
+def value_bases(group_gram: Float[Array, "kv v v"], width: int) -> Float[Array, "kv v width"]:
+    """Principal directions of each group's y' (docs/method.md 2.3)."""
+    return eigh_descending(group_gram)[1][:, :, :width]
 
 
 def fuse_attention(
@@ -230,29 +238,69 @@ def fuse_attention(
         tokens: how many tokens the moments sum over.
         damping: relative ridge damping.
     """
-    heads, kv_heads, local = list(plan.heads), list(plan.kv_heads), list(plan.local_query_to_kv)
-    gram, cross = to_solver(moments.gram), to_solver(moments.cross)
-    basis = value_bases(gram, plan)
-    rotation = _block_diagonal(basis[jnp.asarray(local)])
-    o_proj = to_solver(arrays["o_proj"]).reshape(-1, arrays["o_proj"].shape[-1])
+    rows = {"q": np.asarray(plan.heads), "k": np.asarray(plan.kv_heads), "v": np.asarray(plan.kv_heads)}
+    weights = {name: np.asarray(array) for name, array in arrays.items() if name != "rope_pairs"}
+    projections = {name: array[..., rows[name[0]], :] for name, array in weights.items() if name[0] in rows}
+    new, error, indefinite = _fuse(
+        {name: to_solver(array) for name, array in projections.items()},
+        {name: to_solver(array) for name, array in weights.items() if name[0] == "o"},
+        MapMoments(*map(to_solver, moments)),
+        to_solver(maps.query),
+        to_solver(maps.key),
+        np.asarray(plan.local_query_to_kv),
+        float(tokens),
+        damping,
+        plan.v_width,
+    )
+    new["rope_pairs"] = jnp.asarray(np.take_along_axis(np.asarray(arrays["rope_pairs"])[rows["k"]], maps.pairs, 1))
+    notes = {"solver": solver_name(indefinite)}
+    return PrunedAttention(new, plan.shape_of(shape), plan.heads, float(error), notes)
 
+
+@functools.partial(jax.jit, static_argnames="v_width")
+def _fuse(
+    projections: dict[str, Array],
+    output: dict[str, Array],
+    moments: MapMoments,
+    query_maps: Float[Array, "kv qk width"],
+    key_maps: Float[Array, "kv qk width"],
+    to_kv: Int[Array, " heads"],
+    tokens: Float[Array, ""],
+    damping: Float[Array, ""],
+    v_width: int,
+) -> tuple[dict[str, Array], Float[Array, ""], Bool[Array, ""]]:
+    """The small weights, the relative error of the output, and whether the Gram matrix was indefinite.
+
+    Args:
+        projections: weights and biases of the kept query, key and value heads.
+        output: the o-projection of all heads, and its bias.
+        moments: of the kept heads' y' against the full y.
+        query_maps: of each kept KV head.
+        key_maps: likewise.
+        to_kv: which of them each kept query head reads.
+        tokens: how many the moments sum over.
+        damping: relative ridge damping.
+        v_width: channels of a value head.
+    """
+    heads, kv_heads = len(to_kv), len(key_maps)
+    bases = value_bases(sum_groups(head_blocks(moments.gram, heads), to_kv, kv_heads), v_width)
+    rotation = _block_diagonal(bases[to_kv])
+    gram, cross = rotation.T @ moments.gram @ rotation, rotation.T @ moments.cross
+    o_proj = output["o_proj"].reshape(-1, output["o_proj"].shape[-1])
     sums = None
-    if "o_bias" in arrays:
-        sums = Sums(to_solver(moments.input_sum) @ rotation, to_solver(moments.target_sum), tokens)
-    gram, cross = rotation.T @ gram @ rotation, rotation.T @ cross
-    fit: Compensation = ridge(gram, cross, damping, sums)
-    error = relative_error(fit, gram, cross, to_solver(moments.target_gram), o_proj, sums)
+    if "o_bias" in output:
+        sums = Sums(moments.input_sum @ rotation, moments.target_sum, tokens)
+    fit = ridge(gram, cross, damping, sums)
+    error = relative_error(fit, gram, cross, moments.target_gram, o_proj, sums)
 
-    kept_q, kept_kv, to_kv = jnp.asarray(heads), jnp.asarray(kv_heads), jnp.asarray(local)
-    new = {"o_proj": (fit.weights @ o_proj).reshape(len(heads), plan.v_width, -1)}
-    for name, kept, head_maps in (("q", kept_q, maps.query[to_kv]), ("k", kept_kv, maps.key), ("v", kept_kv, basis)):
-        new[f"{name}_proj"] = jnp.einsum("dhk,hkw->dhw", to_solver(arrays[f"{name}_proj"][:, kept]), head_maps)
-        if f"{name}_bias" in arrays:
-            new[f"{name}_bias"] = jnp.einsum("hk,hkw->hw", to_solver(arrays[f"{name}_bias"][kept]), head_maps)
-    new["rope_pairs"] = jnp.take_along_axis(arrays["rope_pairs"][kept_kv], jnp.asarray(maps.pairs), 1)
+    new = {"o_proj": (fit.weights @ o_proj).reshape(heads, v_width, -1)}
+    for name, head_maps in (("q", query_maps[to_kv]), ("k", key_maps), ("v", bases)):
+        new[f"{name}_proj"] = jnp.einsum("dhk,hkw->dhw", projections[f"{name}_proj"], head_maps)
+        if f"{name}_bias" in projections:
+            new[f"{name}_bias"] = jnp.einsum("hk,hkw->hw", projections[f"{name}_bias"], head_maps)
     if fit.offset is not None:
-        new["o_bias"] = to_solver(arrays["o_bias"]) + fit.offset @ o_proj
-    return PrunedAttention(new, plan.shape_of(shape), plan.heads, error, {"solver": fit.method})
+        new["o_bias"] = output["o_bias"] + fit.offset @ o_proj
+    return new, error, fit.indefinite
 
 
 def _block_diagonal(blocks: Float[Array, "heads v width"]) -> Float[Array, "inputs outputs"]:

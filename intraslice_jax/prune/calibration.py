@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from intraslice_jax.calibrate import statistics
 from intraslice_jax.calibrate.statistics import (
     AttentionMoments,
     GramMoments,
     MapMoments,
-    Moments,
+    Mixed,
     empty_map_moments,
     zeros_like_moments,
 )
@@ -60,14 +60,6 @@ class ResidualStream:
         rope = replicated(model.decoder.rope_for(windows.shape[1]), mesh)
         return cls(embedded, [real for _, real in parts], rope, windows.size, mesh)
 
-    def moments(self, step: Callable[..., Moments], empty: Moments, block: Block, *more: Array) -> Moments:
-        """Sums over all sequences of what `step(moments, block, x, rope, *more)` adds for each batch."""
-        total = MomentSum(empty, self.mesh)
-        more = replicated(more, self.mesh)
-        for x, real in zip(self.batches, self.real, strict=True):
-            total.add(step, real, block, x, self.rope, *more)
-        return total.total()
-
 
 @dataclass(frozen=True)
 class AttentionCalibration:
@@ -91,6 +83,7 @@ class AttentionCalibration:
     config: PruneConfig
     model: ModelConfig
     parameter_range: tuple[int, int]
+    _kept: list[Mixed] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -104,8 +97,28 @@ class AttentionCalibration:
 
     def head_moments(self) -> AttentionMoments:
         """Per-head second moments of the o-projection's input, and query-key scores."""
-        empty = statistics.empty_attention_moments(self.shape)
-        return check_finite(self.index, "attention", self.stream.moments(statistics.add_attention, empty, self.block))
+        total = MomentSum(statistics.empty_attention_moments(self.shape), self.stream.mesh)
+        for mixed, real in zip(self._mixed(), self.stream.real, strict=True):
+            total.add(
+                statistics.add_attention,
+                real,
+                0,
+                mixed,
+                query_to_kv=self.shape.query_to_kv,
+                rotary_dim=self.shape.rotary_dim,
+            )
+        return check_finite(self.index, "attention", total.total())
+
+    def _mixed(self) -> Iterator[Mixed]:
+        """What the attention computes, batch by batch; remembered if it fits the memory budget."""
+        if self._kept:
+            yield from self._kept
+            return
+        for x in self.stream.batches:
+            mixed = statistics.mix(self.block, x, self.stream.rope)
+            if fits(self.config, self.stream, mixed):
+                self._kept.append(mixed)
+            yield mixed
 
     def kept_moments(
         self,
@@ -122,15 +135,20 @@ class AttentionCalibration:
         """
         v = self.shape.v_head_dim
         inputs, targets = len(heads) * v, self.shape.num_attention_heads * v
-        moments = self.stream.moments(
-            statistics.add_kept_attention,
-            empty_map_moments(inputs, targets),
-            self.block,
-            jnp.asarray(heads),
-            query_maps,
-            key_maps,
-        )
-        return check_finite(self.index, "attention", moments)
+        attention, kv = self.block.attention, [self.shape.query_to_kv[h] for h in heads]
+        total = MomentSum(empty_map_moments(inputs, targets), self.stream.mesh)
+        kept = replicated((jnp.asarray(heads), jnp.asarray(kv), query_maps, key_maps), self.stream.mesh)
+        for mixed, real in zip(self._mixed(), self.stream.real, strict=True):
+            total.add(
+                statistics.add_kept_attention,
+                real,
+                0,
+                mixed,
+                *kept,
+                scale=attention.scale,
+                sliding_window=attention.sliding_window,
+            )
+        return check_finite(self.index, "attention", total.total())
 
 
 @dataclass(frozen=True)
@@ -143,6 +161,7 @@ class MLPCalibration:
         moments: of the down-projection's input.
         after_attention: the residual stream behind the new attention, batch by batch.
         sources: the layer's inputs where its MLP reads them (parallel blocks), else None.
+        inner_activations: the down-projection's input, batch by batch, or nothing if it does not fit the budget.
         real: how many sequences of each batch count.
         tokens: how many tokens the moments sum over.
         config: the run's settings.
@@ -153,6 +172,7 @@ class MLPCalibration:
     moments: GramMoments
     after_attention: list[Array]
     sources: list[Array | None]
+    inner_activations: list[Array]
     real: list[int]
     tokens: int
     config: PruneConfig
@@ -172,10 +192,12 @@ class MLPCalibration:
         block = block_from_arrays(model, shape, arrays)
         inner = shape.intermediate_size
         total = MomentSum(zeros_like_moments(GramMoments, gram=(inner, inner), total=(inner,)), stream.mesh)
-        after_attention = [
-            total.add_and_pass(statistics.attend_and_add_mlp, real, block, x, stream.rope)
-            for x, real in zip(stream.batches, stream.real, strict=True)
-        ]
+        after_attention, inner_activations = [], []
+        for x, real in zip(stream.batches, stream.real, strict=True):
+            after, z = total.add_and_pass(statistics.attend_and_add_mlp, real, 1, block, x, stream.rope)
+            after_attention.append(after)
+            if fits(config, stream, z):
+                inner_activations.append(z)
         sources = stream.batches if model.parallel_block else [None] * len(after_attention)
         return cls(
             index,
@@ -183,6 +205,7 @@ class MLPCalibration:
             check_finite(index, "MLP", total.total()),
             after_attention,
             list(sources),
+            inner_activations,
             stream.real,
             stream.tokens,
             config,
@@ -200,12 +223,28 @@ class MLPCalibration:
             x = local(statistics.mlp_input(self.block, after, source))
             yield x if real == len(x) else x[:real]
 
-    def outputs(self, block: Block) -> list[Array]:
-        """The residual stream behind the layer once its MLP is `block`'s. Uses up `after_attention`."""
+    def outputs(self, block: Block, channels: Int[np.ndarray, " kept"] | None) -> list[Array]:
+        """The residual stream behind the layer once its MLP is `block`'s. Uses up `after_attention`.
+
+        Args:
+            block: the layer as it now is.
+            channels: which of the old MLP's inner activations the new one has, None if it has its own.
+        """
+        if channels is not None and self.inner_activations:
+            return [
+                statistics.finish_selected(block, after, z, jnp.asarray(channels))
+                for after, z in zip(self.after_attention, self.inner_activations, strict=True)
+            ]
         return [
             statistics.finish_layer(block, after, source)
             for after, source in zip(self.after_attention, self.sources, strict=True)
         ]
+
+
+def fits(config: PruneConfig, stream: ResidualStream, per_batch: Any) -> bool:
+    """Whether what one batch gave may be kept for all batches."""
+    size = sum(array.nbytes for array in jax.tree.leaves(per_batch))
+    return len(stream.batches) * size <= config.memory_budget * ways(stream.mesh)
 
 
 def part(arrays: Mapping[str, Array], module: str) -> dict[str, Array]:
@@ -225,11 +264,17 @@ def check_weights(arrays: Mapping[str, Array]) -> None:
 
 def check_finite(layer: int, module: str, moments: Any) -> Any:
     """The moments, or a RunError that names the first entry that is not finite."""
+    finite = jax.device_get(_finite(moments))
     for name, array in moments._asdict().items():
-        if not bool(jnp.isfinite(array).all()):
+        if not getattr(finite, name):
             first = tuple(int(i) for i in np.argwhere(~np.isfinite(np.asarray(array)))[0])
             raise RunError(
                 f"layer {layer}, {module}: {name} is not finite at {first}; the weights or activations overflow "
                 "(try --dtype float32)"
             )
     return moments
+
+
+@jax.jit
+def _finite(moments: Any) -> Any:
+    return jax.tree.map(lambda array: jnp.isfinite(array).all(), moments)

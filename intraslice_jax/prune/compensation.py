@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from intraslice_jax.prune.linalg import centred, damped, solve_gram
+from intraslice_jax.prune.linalg import Number, centred, damped, solve_gram
 
 
 class Sums(NamedTuple):
@@ -15,21 +15,21 @@ class Sums(NamedTuple):
 
     inputs: Float[Array, " inputs"]
     targets: Float[Array, " targets"]
-    tokens: int
+    tokens: Number
 
 
 class Compensation(NamedTuple):
-    """targets ~ inputs @ weights + offset; `method` says how the solve went."""
+    """targets ~ inputs @ weights + offset; `indefinite` as in `linalg.Solution`."""
 
     weights: Float[Array, "inputs targets"]
     offset: Float[Array, " targets"] | None
-    method: str
+    indefinite: Bool[Array, ""]
 
 
 def ridge(
     gram: Float[Array, "inputs inputs"],
     cross: Float[Array, "inputs targets"],
-    damping: float,
+    damping: Number,
     sums: Sums | None = None,
 ) -> Compensation:
     """Argmin ||inputs A - targets||^2 + damping mean(diag gram) ||A||^2 (docs/method.md 2.3 and 3.2).
@@ -43,9 +43,9 @@ def ridge(
     if sums is not None:
         gram = centred(gram, sums.inputs, sums.inputs, sums.tokens)
         cross = centred(cross, sums.inputs, sums.targets, sums.tokens)
-    weights, method = solve_gram(damped(gram, damping), cross)
+    weights, indefinite = solve_gram(damped(gram, damping), cross)
     offset = None if sums is None else (sums.targets - sums.inputs @ weights) / sums.tokens
-    return Compensation(weights, offset, method)
+    return Compensation(weights, offset, indefinite)
 
 
 def relative_error(
@@ -55,7 +55,7 @@ def relative_error(
     target_gram: Float[Array, "targets targets"],
     output: Float[Array, "targets hidden"],
     sums: Sums | None = None,
-) -> float:
+) -> Float[Array, ""]:
     """||(inputs A + offset - targets) W||^2 / ||targets W||^2 over tokens, for a projection W.
 
     The moments need not be those that the map was fitted on.
@@ -69,4 +69,4 @@ def relative_error(
     if sums is not None and fit.offset is not None:
         offset, drift = fit.offset @ output, (sums.inputs @ fit.weights - sums.targets) @ output
         error += jnp.sum(offset * (2 * drift + sums.tokens * offset))
-    return float(jnp.maximum(error, 0) / jnp.maximum(jnp.sum(output * (target_gram @ output)), 1e-30))
+    return jnp.maximum(error, 0) / jnp.maximum(jnp.sum(output * (target_gram @ output)), 1e-30)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
+
+Number = float | int | Float[Array, ""]
+"""A scalar, perhaps traced."""
 
 
 class Solution(NamedTuple):
-    """A least-squares map and how it was found (`cholesky` or `eigh`)."""
+    """A least-squares map, and whether Cholesky broke down on the way to it."""
 
     weights: Float[Array, "inputs targets"]
-    method: str
+    indefinite: Bool[Array, ""]
 
 
 @contextlib.contextmanager
@@ -32,10 +34,10 @@ def solver_precision() -> Iterator[None]:
 
 def to_solver(array: Array | np.ndarray) -> Float[Array, "..."]:
     """A copy in the solver's dtype; call it inside `solver_precision`."""
-    return jnp.asarray(np.asarray(array), jnp.float64)
+    return jnp.asarray(np.asarray(array).astype(np.float64))
 
 
-def damped(gram: Float[Array, "n n"], damping: float) -> Float[Array, "n n"]:
+def damped(gram: Float[Array, "n n"], damping: Number) -> Float[Array, "n n"]:
     """Symmetrised, with `damping` times the mean diagonal added to the diagonal (docs/method.md section 1)."""
     return 0.5 * (gram + gram.T) + damping * jnp.mean(jnp.diagonal(gram)) * jnp.eye(len(gram), dtype=gram.dtype)
 
@@ -49,24 +51,23 @@ def eigh_descending(
     return jnp.maximum(values[:, ::-1], 0.0), vectors[:, :, ::-1]
 
 
+@jax.jit
 def solve_gram(gram: Float[Array, "n n"], cross: Float[Array, "n m"]) -> Solution:
     """gram^-1 cross for a symmetric positive (semi-)definite Gram matrix.
 
     Cholesky first; when that breaks down, an eigendecomposition whose eigenvalues are clipped at machine
     precision times the largest.
     """
-    weights = _cholesky_solve(gram, cross)
-    if bool(jnp.isfinite(weights).all()):
-        return Solution(weights, "cholesky")
-    return Solution(_eigh_solve(gram, cross), "eigh")
+    weights = jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(gram, lower=True), cross)
+    indefinite = ~jnp.isfinite(weights).all()
+    return Solution(jax.lax.cond(indefinite, lambda: _eigh_solve(gram, cross), lambda: weights), indefinite)
 
 
-@jax.jit
-def _cholesky_solve(gram: Array, cross: Array) -> Array:
-    return jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(gram, lower=True), cross)
+def solver_name(indefinite: Bool[Array, ""]) -> str:
+    """What found a `Solution`, for the record."""
+    return "eigh" if bool(indefinite) else "cholesky"
 
 
-@jax.jit
 def _eigh_solve(gram: Array, cross: Array) -> Array:
     values, vectors = jnp.linalg.eigh(gram)
     floor = jnp.maximum(values[-1], 0) * len(gram) * jnp.finfo(gram.dtype).eps
@@ -74,7 +75,6 @@ def _eigh_solve(gram: Array, cross: Array) -> Array:
     return vectors @ (inverse[:, None] * (vectors.T @ cross))
 
 
-@functools.partial(jax.jit, static_argnames="count")
-def centred(gram: Array, left: Array, right: Array, count: int) -> Array:
+def centred(gram: Array, left: Array, right: Array, count: Number) -> Array:
     """Second moment about the mean from the second moment about zero and the sums over `count` tokens."""
     return gram - left[:, None] * right[None, :] / count

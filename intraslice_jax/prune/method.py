@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 from jaxtyping import Array
 
 from intraslice_jax.config import LayerShape
@@ -32,10 +33,16 @@ class PrunedAttention:
 
 @dataclass(frozen=True)
 class PrunedMLP:
-    """New weights of one MLP, likewise."""
+    """New weights of one MLP, likewise.
+
+    Attributes:
+        channels: which inner channels stay with their gate and up weights as they were; None if others take
+            their place.
+    """
 
     arrays: dict[str, Array]
     relative_error: float
+    channels: np.ndarray | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 
 

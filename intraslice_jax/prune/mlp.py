@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from intraslice_jax.calibrate.statistics import GramMoments, MapMoments
 from intraslice_jax.prune.compensation import Compensation, Sums, relative_error, ridge
-from intraslice_jax.prune.linalg import to_solver
+from intraslice_jax.prune.linalg import solver_name, to_solver
 from intraslice_jax.prune.method import PrunedMLP
 
 
@@ -18,7 +19,7 @@ def rank_channels(
     gram: Float[Array, "inner inner"], down_proj: Float[Array, "inner hidden"]
 ) -> Int[np.ndarray, " inner"]:
     """Channels by falling ||W_d[j]||^2 H_jj (docs/method.md 3.1)."""
-    scores = np.asarray(jnp.diagonal(gram) * jnp.square(down_proj).sum(-1))
+    scores = np.diagonal(np.asarray(gram)) * np.square(np.asarray(down_proj)).sum(-1)
     return np.argsort(-scores, kind="stable")
 
 
@@ -40,20 +41,35 @@ def fuse_mlp(arrays: Mapping[str, Array], moments: GramMoments, tokens: int, kee
         damping: relative ridge damping.
     """
     gram, total, down = to_solver(moments.gram), to_solver(moments.total), to_solver(arrays["down_proj"])
-    kept = jnp.asarray(select_channels(gram, down, keep))
-    sums = Sums(total[kept], total, tokens) if "down_bias" in arrays else None
+    kept = select_channels(gram, down, keep)
+    bias = to_solver(arrays["down_bias"]) if "down_bias" in arrays else None
+    new, error, indefinite = _fold(gram, total, down, bias, kept, float(tokens), damping)
+    new |= {name: arrays[name][..., kept] for name in arrays if not name.startswith("down")}
+    return PrunedMLP(new, float(error), kept, {"solver": solver_name(indefinite)})
+
+
+@jax.jit
+def _fold(
+    gram: Float[Array, "inner inner"],
+    total: Float[Array, " inner"],
+    down: Float[Array, "inner hidden"],
+    bias: Float[Array, " hidden"] | None,
+    kept: Int[Array, " keep"],
+    tokens: Float[Array, ""],
+    damping: Float[Array, ""],
+) -> tuple[dict[str, Array], Float[Array, ""], Bool[Array, ""]]:
+    """The small down-projection, the relative error of the output, and whether the Gram matrix was indefinite."""
+    sums = None if bias is None else Sums(total[kept], total, tokens)
     inputs, cross = gram[kept[:, None], kept], gram[kept]
     fit = ridge(inputs, cross, damping, sums)
     # The kept channels are known exactly; only the dropped ones are predicted.
-    exact = fit.weights.at[:, kept].set(jnp.eye(keep, dtype=gram.dtype))
+    exact = fit.weights.at[:, kept].set(jnp.eye(len(kept), dtype=gram.dtype))
     offset = None if fit.offset is None else fit.offset.at[kept].set(0.0)
     fit = fit._replace(weights=exact, offset=offset)
-    new = {name: arrays[name][..., kept] for name in ("gate_proj", "up_proj", "gate_bias", "up_bias") if name in arrays}
-    new["down_proj"] = fit.weights @ down
-    if offset is not None:
-        new["down_bias"] = to_solver(arrays["down_bias"]) + offset @ down
-    error = relative_error(fit, inputs, cross, gram, down, sums)
-    return PrunedMLP(new, error, {"solver": fit.method})
+    new = {"down_proj": fit.weights @ down}
+    if bias is not None and offset is not None:
+        new["down_bias"] = bias + offset @ down
+    return new, relative_error(fit, inputs, cross, gram, down, sums), fit.indefinite
 
 
 def fuse_inner(
@@ -73,7 +89,7 @@ def fuse_inner(
     new = {**inner, "down_proj": fit.weights @ down}
     if fit.offset is not None:
         new["down_bias"] = to_solver(arrays["down_bias"]) + fit.offset @ down
-    return PrunedMLP(new, inner_error(arrays, fit, moments, tokens), {"solver": fit.method})
+    return PrunedMLP(new, inner_error(arrays, fit, moments, tokens), None, {"solver": solver_name(fit.indefinite)})
 
 
 def fit_inner(arrays: Mapping[str, Array], moments: MapMoments, tokens: int, damping: float) -> Compensation:
@@ -85,10 +101,10 @@ def inner_error(arrays: Mapping[str, Array], fit: Compensation, moments: MapMome
     """Relative squared error of the module's output under a fitted map, on the tokens of the moments."""
     gram, cross, target = (to_solver(m) for m in (moments.gram, moments.cross, moments.target_gram))
     sums = _sums(arrays, moments, tokens)
-    return relative_error(fit, gram, cross, target, to_solver(arrays["down_proj"]), sums)
+    return float(relative_error(fit, gram, cross, target, to_solver(arrays["down_proj"]), sums))
 
 
 def _sums(arrays: Mapping[str, Array], moments: MapMoments, tokens: int) -> Sums | None:
     if "down_bias" not in arrays:
         return None
-    return Sums(to_solver(moments.input_sum), to_solver(moments.target_sum), tokens)
+    return Sums(to_solver(moments.input_sum), to_solver(moments.target_sum), float(tokens))

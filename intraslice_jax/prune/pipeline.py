@@ -18,6 +18,7 @@ from intraslice_jax.config import LayerShape, ModelConfig, PruneConfig
 from intraslice_jax.errors import InputError
 from intraslice_jax.model import LanguageModel, on_mesh
 from intraslice_jax.models.decoder import block_from_arrays, decoder_from_arrays, decoder_to_arrays
+from intraslice_jax.parallel.distributed import agree, from_first
 from intraslice_jax.parallel.mesh import ways
 from intraslice_jax.parallel.placement import gathered, mesh_of, put_weights
 from intraslice_jax.parallel.rules import RULES
@@ -134,20 +135,24 @@ def _prune_layers(
         started = time.monotonic()
         block = gathered(block)
         arrays = decoder_to_arrays(block)
-        calibration = AttentionCalibration(
-            i, block, model.config.layers[i], stream, config, model.config, ledger.attention_range(i)
+        attention = method.prune_attention(
+            AttentionCalibration(
+                i, block, model.config.layers[i], stream, config, model.config, ledger.attention_range(i)
+            ),
+            ratios.attention[i],
         )
-        attention = method.prune_attention(calibration, ratios.attention[i])
+        agree(f"{attention.shape} {attention.heads}", f"layer {i}, attention")
         ledger.attention_done(i, attention.shape)
         arrays = _replace(arrays, "attention", attention.arrays, stream.mesh)
 
         width = ledger.mlp_width(i)
         calibration = MLPCalibration.run(i, model.config, attention.shape, arrays, stream, config)
         mlp = method.prune_mlp(calibration, width)
+        agree(f"{None if mlp.channels is None else list(mlp.channels)}", f"layer {i}, MLP")
         arrays = _replace(arrays, "mlp", mlp.arrays, stream.mesh)
 
         shape = dataclasses.replace(attention.shape, intermediate_size=width)
-        stream.batches = calibration.outputs(block_from_arrays(model.config, shape, arrays))
+        stream.batches = calibration.outputs(block_from_arrays(model.config, shape, arrays), mlp.channels)
         blocks.append(PrunedBlock(arrays, shape))
         record = LayerRecord(
             layer=i,
@@ -172,14 +177,19 @@ def _prune_layers(
 def _replace(arrays: Mapping[str, Array], module: str, new: Mapping[str, Array], mesh: Mesh | None) -> dict[str, Array]:
     """The block's arrays with one module's exchanged, in the dtypes they had."""
     cast = {
-        f"{module}.{name}": jnp.asarray(np.asarray(array), arrays[f"{module}.{name}"].dtype)
+        f"{module}.{name}": jnp.asarray(np.asarray(array).astype(arrays[f"{module}.{name}"].dtype))
         for name, array in new.items()
     }
-    return {**arrays, **(cast if mesh is None else put_weights(cast, mesh, RULES.in_use(), quiet=True))}
+    return {**arrays, **(cast if mesh is None else put_weights(from_first(cast), mesh, RULES.in_use(), quiet=True))}
 
 
 def _check_windows(model: LanguageModel, windows: np.ndarray) -> None:
     samples, seq = windows.shape
+    if samples < jax.process_count():
+        raise InputError(
+            f"{jax.process_count()} processes cannot share {samples} calibration windows; raise --samples to at least "
+            f"{jax.process_count()}, or start fewer processes"
+        )
     if samples < 1 or seq < 2:
         raise InputError(f"calibration needs at least one window of two tokens, found {samples} of {seq}")
     if seq > model.config.max_position_embeddings:

@@ -10,10 +10,12 @@ from intraslice_jax.models.decoder import block_from_arrays, decoder_to_arrays
 from intraslice_jax.prune.attention import (
     AttentionPlan,
     HeadEnergies,
+    head_blocks,
     plan_heads,
     plan_widths,
     product_bases,
     select_pairs,
+    sum_groups,
 )
 from intraslice_jax.prune.attention import value_bases as value_bases_of
 from intraslice_jax.prune.calibration import AttentionCalibration, ResidualStream
@@ -150,7 +152,8 @@ def test_value_bases_span_the_strongest_directions_of_each_group():
     y = rng.standard_normal((50, 4, 8)) * np.exp(rng.standard_normal((1, 4, 8)))
     with solver_precision():
         flat = jnp.asarray(y.reshape(50, -1))
-        bases = np.asarray(value_bases_of(flat.T @ flat, kept))
+        groups = sum_groups(head_blocks(flat.T @ flat, 4), np.asarray(kept.local_query_to_kv), 3)
+        bases = np.asarray(value_bases_of(groups, kept.v_width))
     assert bases.shape == (3, 8, 4)
     for basis, members in zip(bases, ([0], [1, 2], [3]), strict=True):
         rows = y[:, members].swapaxes(0, 1).reshape(-1, 8)

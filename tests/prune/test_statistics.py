@@ -46,13 +46,19 @@ def empty_gram(channels):
     return zeros_like_moments(GramMoments, gram=(channels, channels), total=(channels,))
 
 
+def add_attention(moments, block, x, rope):
+    attention = block.attention
+    rotary = 2 * attention.rope_pairs.shape[-1]
+    return statistics.add_attention(moments, statistics.mix(block, x, rope), attention.query_to_kv, rotary)
+
+
 # 140 tokens: more than the attention takes in one piece.
 @pytest.mark.parametrize(("flavour", "layer", "seq"), [(*case, SEQ) for case in EVERY_LAYER] + [("window", 0, 140)])
 def test_attention_moments(flavour, layer, seq):
     model, block, expected = both(flavour, layer)
     moments, xs = statistics.empty_attention_moments(model.config.layers[layer]), batches(seq)
     for x in xs:
-        moments = statistics.add_attention(moments, block, x, model.decoder.rope_for(seq))
+        moments = add_attention(moments, block, x, model.decoder.rope_for(seq))
     q, k, v = expected.queries_keys_values(together(xs))
     y = expected.attend(q, k, v)
     close(moments.head_gram, np.einsum("bthv,bthw->hvw", y, y))
@@ -80,8 +86,10 @@ def test_moments_of_the_attention_run_again_with_what_is_kept(flavour, layer):
     maps = jnp.asarray([np.eye(shape.qk_head_dim)[:, channels[shape.query_to_kv[h]]] for h in heads], jnp.float32)
     moments, xs = empty_map(len(heads) * v, n * v), batches()
     for x in xs:
+        mixed = statistics.mix(block, x, model.decoder.rope_for(SEQ))
+        kv = jnp.asarray([shape.query_to_kv[h] for h in heads])
         moments = statistics.add_kept_attention(
-            moments, block, x, model.decoder.rope_for(SEQ), jnp.asarray(heads), maps, maps
+            moments, mixed, jnp.asarray(heads), kv, maps, maps, block.attention.scale, shape.sliding_window
         )
     full = flat(expected.mixed(together(xs), expected.dense()))
     kept = flat(expected.mixed(together(xs), projections)).reshape(-1, n, v)[:, heads].reshape(len(full), -1)
@@ -98,9 +106,10 @@ def test_mlp_moments_and_the_way_to_the_next_layer(flavour, layer):
     model, block, expected = both(flavour, layer)
     rope, parallel = model.decoder.rope_for(SEQ), model.config.parallel_block
     moments, xs = empty_gram(model.config.layers[layer].intermediate_size), batches()
-    after, out, mlp_inputs = [], [], []
+    after, out, mlp_inputs, zs = [], [], [], []
     for x in xs:
-        moments, behind = statistics.attend_and_add_mlp(moments, block, x, rope)
+        moments, behind, z = statistics.attend_and_add_mlp(moments, block, x, rope)
+        zs.append(np.asarray(z))
         after.append(np.asarray(behind))
         source = x if parallel else None
         mlp_inputs.append(np.asarray(statistics.mlp_input(block, behind, source)))
@@ -111,6 +120,7 @@ def test_mlp_moments_and_the_way_to_the_next_layer(flavour, layer):
     close(moments.gram, z.T @ z)
     close(moments.total, z.sum(0))
     close(np.concatenate(after), expected_after)
+    close(flat(np.concatenate(zs)), z)
     close(np.concatenate(out), expected.run(x, dense))
     normed = expected.norm("input_norm", x) if parallel else expected.norm("post_norm", expected_after)
     close(np.concatenate(mlp_inputs), normed)
@@ -123,8 +133,8 @@ def test_sums_are_float32_where_the_model_is_bfloat16():
     first, last = statistics.empty_attention_moments(shape), empty_gram(shape.intermediate_size)
     ys, zs = [], []
     for x in xs:
-        first = statistics.add_attention(first, block, x, rope)
-        last, after = statistics.attend_and_add_mlp(last, block, x, rope)
+        first = add_attention(first, block, x, rope)
+        last, after, _ = statistics.attend_and_add_mlp(last, block, x, rope)
         y, z = jax.jit(_taps)(block, x, rope)
         assert after.dtype == y.dtype == z.dtype == jnp.bfloat16
         ys.append(np.asarray(y, np.float64))
@@ -143,7 +153,7 @@ def _taps(block, x, rope):
 def test_an_accumulator_is_used_up():
     model = make("gqa")
     moments = statistics.empty_attention_moments(model.config.layers[0])
-    statistics.add_attention(moments, model.decoder.layers[0], batches()[0], model.decoder.rope_for(SEQ))
+    add_attention(moments, model.decoder.layers[0], batches()[0], model.decoder.rope_for(SEQ))
     assert moments.head_gram.is_deleted()
 
 
@@ -155,7 +165,16 @@ def test_traced_once_per_distinct_shape():
     for block, shape in zip(model.decoder.layers, model.config.layers, strict=True):
         rope = model.decoder.rope_for(seq)
         for _ in range(2):
-            statistics.add_attention(statistics.empty_attention_moments(shape), block, x, rope)
+            add_attention(statistics.empty_attention_moments(shape), block, x, rope)
             statistics.attend_and_add_mlp(empty_gram(shape.intermediate_size), block, x, rope)
     assert statistics.add_attention._cache_size() == before[0] + 1
     assert statistics.attend_and_add_mlp._cache_size() == before[1] + 1
+
+
+@pytest.mark.parametrize("channels", [64, 256, 300, 512])
+def test_large_gram_matrices_are_computed_by_halves(channels):
+    y = np.random.default_rng(0).standard_normal((50, channels)).astype(np.float32)
+    gram = np.asarray(jax.jit(statistics._gram)(jnp.asarray(y)))
+    close(gram, y.T @ y)
+    if channels > 64:
+        np.testing.assert_array_equal(gram, gram.T)

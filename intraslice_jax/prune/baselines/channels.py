@@ -38,7 +38,7 @@ def keep_channels(
         fill_bias: the down-projection's bias, where there is one, takes up the mean of what is lost.
         notes: for the record.
     """
-    arrays, kept = layer.arrays, jnp.asarray(np.flatnonzero(stays))
+    arrays, kept = layer.arrays, np.flatnonzero(stays)
     columns = ("gate_proj", "up_proj", "gate_bias", "up_bias")
     new = {name: arrays[name][..., kept] for name in columns if name in arrays}
     with solver_precision():
@@ -50,7 +50,7 @@ def keep_channels(
             shift = mean_shift(layer.moments, layer.tokens, before - after)
             new["down_bias"] = to_solver(arrays["down_bias"]) + shift
         error = module_error(layer.moments, layer.tokens, before, before - after, shift)
-    return PrunedMLP(new, error, notes or {})
+    return PrunedMLP(new, error, kept, notes or {})
 
 
 def mean_shift(moments: GramMoments, tokens: int, lost: Float[Array, "channels hidden"]) -> Float[Array, " hidden"]:
