@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from intraslice_jax.parallel.mesh import DATA, ways
+from intraslice_jax.parallel.mesh import DATA, MODEL, ways
 from intraslice_jax.parallel.rules import RULES, partition
 
 Moments = TypeVar("Moments")
@@ -73,11 +73,12 @@ class MomentSum(Generic[Moments]):
             step, self._mesh, split, tuple(sorted(statics.items())), passes, self._moments, partial, args
         )
 
-    def total(self) -> Moments:
-        """The sums, whole, on one device of every process."""
+    def total(self, split: bool = False) -> Moments:
+        """The sums, whole, on one device of every process; or with `split` row by row on the devices of the mesh."""
         if self._mesh is None:
             return self._moments
-        return jax.tree.map(lambda array: array.addressable_data(0), reduce_over_data(self._moments, self._mesh))
+        total = reduce_over_data(self._moments, self._mesh, split)
+        return total if split else jax.tree.map(lambda array: array.addressable_data(0), total)
 
 
 def _zeros(empty: Moments, mesh: Mesh) -> Moments:
@@ -128,8 +129,12 @@ def add_on_mesh(
     return jax.lax.with_sharding_constraint(new, shardings), *out
 
 
-@functools.partial(jax.jit, static_argnames="mesh", donate_argnames="moments")
-def reduce_over_data(moments: Moments, mesh: Mesh) -> Moments:
-    """Stacked moments added up, whole on every device."""
-    whole = NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a.sum(0), whole), moments)
+@functools.partial(jax.jit, static_argnames=("mesh", "split"))
+def reduce_over_data(moments: Moments, mesh: Mesh, split: bool = False) -> Moments:
+    """Stacked moments added up, whole on every device, or with `split` their rows where they divide."""
+
+    def add_up(array: Array) -> Array:
+        rows = (DATA, MODEL) if split and array.shape[1] % mesh.size == 0 else None
+        return jax.lax.with_sharding_constraint(array.sum(0), NamedSharding(mesh, PartitionSpec(rows)))
+
+    return jax.tree.map(add_up, moments)

@@ -28,6 +28,7 @@ from intraslice_jax.model import LanguageModel
 from intraslice_jax.models.decoder import Block, block_from_arrays, decoder_to_arrays
 from intraslice_jax.models.rope import RopeTable
 from intraslice_jax.parallel.batches import even_batches
+from intraslice_jax.parallel.linalg import fits_one_device
 from intraslice_jax.parallel.mesh import ways
 from intraslice_jax.parallel.moments import MomentSum
 from intraslice_jax.parallel.placement import local, mesh_of, put_batch, replicated, to_host
@@ -202,7 +203,7 @@ class MLPCalibration:
         return cls(
             index,
             block,
-            check_finite(index, "MLP", total.total()),
+            check_finite(index, "MLP", total.total(split=stream.mesh is not None and not fits_one_device(inner))),
             after_attention,
             list(sources),
             inner_activations,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
+from intraslice_jax.parallel.placement import mesh_of
 from intraslice_jax.prune.attention import AttentionPlan, HeadEnergies, fuse_attention, plan_widths, query_key_maps
 from intraslice_jax.prune.calibration import AttentionCalibration, MLPCalibration
 from intraslice_jax.prune.heads import choose_heads
@@ -15,6 +16,7 @@ from intraslice_jax.prune.linalg import solver_precision
 from intraslice_jax.prune.method import PrunedAttention, PrunedMLP
 from intraslice_jax.prune.mixtures import better_mlp
 from intraslice_jax.prune.mlp import fuse_mlp
+from intraslice_jax.prune.mlp_on_mesh import fuse_mlp_on_mesh
 
 AUTO_SHARE = 0.4
 """Under this share of kept channels `iterative: auto` tries learned mixtures (docs/method.md 3.3)."""
@@ -52,8 +54,11 @@ class IntraSlice:
 
     def prune_mlp(self, layer: MLPCalibration, keep: int) -> PrunedMLP:
         """Channel selection and compensation, or learned mixtures where they are wanted and better."""
-        with solver_precision():
-            plain = fuse_mlp(layer.arrays, layer.moments, layer.tokens, keep, layer.config.damping)
+        if mesh_of(layer.moments) is not None:
+            plain = fuse_mlp_on_mesh(layer.arrays, layer.moments, layer.tokens, keep, layer.config.damping)
+        else:
+            with solver_precision():
+                plain = fuse_mlp(layer.arrays, layer.moments, layer.tokens, keep, layer.config.damping)
         if not self._wants_mixtures(layer, keep):
             return plain
         return better_mlp(layer, plain, keep, IterativeSettings())
