@@ -37,14 +37,20 @@ class TensorSource(ABC):
     where: str
     dtypes: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
+    _viewed: tuple[str, np.ndarray] | None = None
 
     @abstractmethod
     def read(self, name: str) -> np.ndarray:
         """One tensor, in an array that nothing else refers to."""
 
     def view(self, name: str) -> np.ndarray:
-        """One tensor of which only parts are used; what is not looked at need not be read."""
-        return self.read(name)
+        """One tensor of which only parts are used; what is not looked at need not be read.
+
+        Here all of it is, and kept until another is asked for.
+        """
+        if self._viewed is None or self._viewed[0] != name:
+            self._viewed = (name, self.read(name))
+        return self._viewed[1]
 
 
 class _Place(NamedTuple):

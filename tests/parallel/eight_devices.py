@@ -184,7 +184,7 @@ def test_the_blocked_solve(mesh, size, block):
 @pytest.mark.parametrize("flavour", ["gqa", "biases"])
 def test_an_mlp_folded_by_all_devices_is_that_of_one(flavour):
     mesh = make_mesh("data=2,model=4")
-    arrays = {name: array for name, array in decoder_to_arrays(model_of(flavour).decoder.layers[0].mlp).items()}
+    arrays = decoder_to_arrays(model_of(flavour).decoder.layers[0].mlp)
     size, tokens, keep = 24, 100, 15
     gram = positive(size) * tokens
     total = np.random.default_rng(2).standard_normal(size).astype(np.float32) * tokens / 10
