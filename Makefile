@@ -40,7 +40,7 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 
 $(VENV)/.test: pyproject.toml | $(BIN)/python
 	@echo "Installing into $(VENV) (some minutes the first time) ..."
-	$(PIP) -e '.[test,report]'
+	$(PIP) -e '.[test,report,eval]'
 	$(PIP) --no-deps $(DATA)
 	@touch $@
 

@@ -12,18 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from intraslice_jax.config import ModelConfig
 from intraslice_jax.convert.assemble import DTYPES
-from intraslice_jax.convert.families import FAMILIES, Family, default_rope_pairs, find_family, to_checkpoint
-from intraslice_jax.convert.modelcard import model_card
+from intraslice_jax.convert.families import FAMILIES, to_checkpoint
+from intraslice_jax.convert.gguf_export import GGUF_DTYPES, export_gguf
+from intraslice_jax.convert.modelcard import Form, model_card
 from intraslice_jax.convert.pruned_config import MODELING_FILE, pruned_config
 from intraslice_jax.convert.shards import Planned, parse_size, write_tensors
+from intraslice_jax.convert.stock import StockForm, padded_form, stock_form
 from intraslice_jax.errors import InputError
 from intraslice_jax.io.atomic import atomic_folder
 from intraslice_jax.model import LanguageModel, StoredModel
 from intraslice_jax.models.decoder import decoder_to_arrays
 
-FORMATS = ("hf",)
+FORMATS = ("hf", "padded", "gguf")
 
 
 def export(
@@ -35,71 +36,91 @@ def export(
     max_shard_size: int | str = 5 * 2**30,
     overwrite: bool = False,
 ) -> Path:
-    """Writes a model as a folder of config, safetensors, tokenizer, generation settings and model card.
+    """Writes a model for other programs.
 
-    An unpruned model is written in its family's own layout, for the stock class. A pruned one carries a modelling
-    file and loads with `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)`. Weights are written
-    tensor by tensor, bit for bit where the dtype stays.
+    `hf` is a folder of config, safetensors, tokenizer, generation settings and model card. A model that a stock class
+    of transformers can hold as it is (an unpruned one, or one pruned with the layout `uniform`) is written for that
+    class; any other carries a modelling file and loads with
+    `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)`. `padded` is such a folder, for the stock class
+    in any case: what was pruned is stored as zeros. `gguf` is one file for llama.cpp. Weights are written tensor by
+    tensor, bit for bit where neither dtype nor form changes them.
 
     Args:
         model: dense or pruned; a stored one is read as it is written.
-        path: the folder; it appears under its name only when complete.
-        format: `hf`.
-        dtype: `float32`, `bfloat16` or `float16` for the written weights, None for the model's own.
-        max_shard_size: bytes, or text such as `5GB`, above which the weights are split over several files.
-        overwrite: replace a folder that exists.
+        path: the folder or file; it appears under its name only when complete.
+        format: `hf`, `padded` or `gguf`.
+        dtype: `float32`, `bfloat16` or `float16` for the written weights, for `gguf` also `q8_0`; None for the
+            model's own.
+        max_shard_size: bytes, or text such as `5GB`, above which the weights of a folder are split over several files.
+        overwrite: replace what exists.
 
     Raises:
-        InputError: the folder exists, an option is unknown, or a weight is too large for the dtype.
+        InputError: the output exists, an option is unknown, the form cannot express the model, or a weight is too
+            large for the dtype.
     """
     if format not in FORMATS:
         raise InputError(f"format {format!r} is not supported; expected {', '.join(FORMATS)}")
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r} is not supported; expected {', '.join(DTYPES)}")
-    limit = parse_size(max_shard_size)
+    check_export_dtype(format, dtype)
+    path, limit = Path(path), parse_size(max_shard_size)
     arrays: Mapping[str, Any]
     if isinstance(model, StoredModel):
         arrays, own = model.arrays, model.dtype
     else:
         arrays, own = _HostArrays(decoder_to_arrays(model.decoder)), model.decoder.embed_tokens[...].dtype.name
-    written = DTYPES[dtype or own]
-    family = stock_family(model.config, arrays)
-    if family is None:
-        layout, config = FAMILIES["IntraSliceForCausalLM"], pruned_config(model.config, written.name)
+    if format == "gguf":
+        export_gguf(model, arrays, path, dtype or own, overwrite)
     else:
-        layout, config = family, _stock_config(model.config, written.name)
+        stock = padded_form(model.config, arrays) if format == "padded" else stock_form(model.config, arrays)
+        _export_folder(model, arrays, stock, path, DTYPES[dtype or own], limit, overwrite)
+    return path
 
+
+def check_export_dtype(format: str, dtype: str | None) -> None:
+    """Raises InputError for a dtype that the format does not have."""
+    known = GGUF_DTYPES if format == "gguf" else tuple(DTYPES)
+    if dtype is not None and dtype not in known:
+        raise InputError(f"dtype {dtype!r} is not supported by format {format}; expected {', '.join(known)}")
+
+
+def _export_folder(
+    model: LanguageModel | StoredModel,
+    arrays: Mapping[str, Any],
+    stock: StockForm | None,
+    path: Path,
+    dtype: np.dtype,
+    max_shard_size: int,
+    overwrite: bool,
+) -> None:
+    """The Hugging Face folder: of a stock class, or with the modelling file."""
+    if stock is None:
+        family, config, shapes = (
+            FAMILIES["IntraSliceForCausalLM"],
+            pruned_config(model.config, dtype.name),
+            model.config,
+        )
+    else:
+        family, config, shapes, arrays = stock.family, stock.raw | {"dtype": dtype.name}, stock.config, stock.arrays
     with atomic_folder(path, overwrite) as folder:
         _write_json(folder / "config.json", config)
         _write_json(folder / "generation_config.json", _generation_config(model))
         plan = [
-            Planned(t.name, np.dtype(np.int32) if t.name.endswith("rope_pairs") else written, t.shape)
-            for t in layout.tensors(model.config)
+            Planned(t.name, np.dtype(np.int32) if t.name.endswith("rope_pairs") else dtype, t.shape)
+            for t in family.tensors(shapes)
         ]
-        write_tensors(folder, plan, to_checkpoint(layout, model.config, arrays), limit)
+        write_tensors(folder, plan, to_checkpoint(family, shapes, arrays), max_shard_size)
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(folder)
-        if family is None:
+        if stock is None:
             shutil.copyfile(Path(__file__).with_name(f"{MODELING_FILE}.py"), folder / f"{MODELING_FILE}.py")
-        (folder / "README.md").write_text(model_card(model, pruned=family is None), encoding="utf-8")
-    return Path(path)
+        (folder / "README.md").write_text(model_card(model, _form(model, stock)), encoding="utf-8")
 
 
-def stock_family(config: ModelConfig, arrays: Mapping[str, Any]) -> Family | None:
-    """The family whose stock class can hold the model; None if a layer lost heads, channels or RoPE pairs.
-
-    Args:
-        config: the model.
-        arrays: its arrays by path.
-    """
-    if not config.source:
-        return None
-    raw = json.loads(config.source)
-    family = find_family(raw)
-    if family.read_config(raw, config.source) != config:
-        return None
-    pairs = default_rope_pairs(config)
-    return family if all(np.array_equal(np.asarray(arrays[path]), want) for path, want in pairs.items()) else None
+def _form(model: LanguageModel | StoredModel, stock: StockForm | None) -> Form:
+    if stock is None:
+        return "pruned"
+    if stock.config.total_parameters() > model.config.total_parameters():
+        return "padded"
+    return "dense" if stock.config == model.config else "uniform"
 
 
 class _HostArrays(Mapping[str, np.ndarray]):
@@ -120,13 +141,6 @@ class _HostArrays(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._arrays)
-
-
-def _stock_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The original configuration without what no longer holds: its dtype, and code files that are not in the folder."""
-    raw = json.loads(config.source)
-    kept = {k: v for k, v in raw.items() if k not in ("auto_map", "_name_or_path", "torch_dtype")}
-    return kept | {"dtype": dtype}
 
 
 def _generation_config(model: LanguageModel | StoredModel) -> dict[str, Any]:

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 
-from intraslice_jax.config import ModelConfig
+from intraslice_jax.config import ModelConfig, uniform_query_to_kv
 from intraslice_jax.convert.assemble import CheckpointArrays
 from intraslice_jax.convert.families import FAMILIES, Family
 from intraslice_jax.convert.gguf_file import GgufFile
 from intraslice_jax.convert.mapping import Entry
+from intraslice_jax.convert.rotation import fraction
 from intraslice_jax.convert.sources import TensorSource
 from intraslice_jax.convert.tokenizer import tokenizer_from_gguf
 from intraslice_jax.errors import InputError
@@ -42,6 +43,8 @@ class _Architecture(NamedTuple):
 
 ARCHITECTURES = {
     "llama": _Architecture("LlamaForCausalLM", gguf.MODEL_ARCH.LLAMA, True, {}),
+    # A Llama whose layers have their own numbers of heads and MLP widths: what pruned models are written as.
+    "deci": _Architecture("LlamaForCausalLM", gguf.MODEL_ARCH.DECI, True, {}),
     "qwen2": _Architecture("Qwen2ForCausalLM", gguf.MODEL_ARCH.QWEN2, False, {}),
     "phi3": _Architecture("Phi3ForCausalLM", gguf.MODEL_ARCH.PHI3, False, {}),
     "phi2": _Architecture("PhiForCausalLM", gguf.MODEL_ARCH.PHI2, False, {"hidden_act": "gelu_new"}),
@@ -72,7 +75,7 @@ def open_gguf(path: Path, name: str, dtype: str | None) -> StoredModel:
     try:
         raw = hf_config(file)
         family = _family(file, raw)
-        config = family.read_config(raw, json.dumps(raw, indent=2))
+        config = _with_own_widths(family.read_config(raw, json.dumps(raw, indent=2)), file.metadata)
         tokenizer = tokenizer_from_gguf(file.metadata, config.max_position_embeddings)
         source = GgufSource(file, family, config)
     except InputError as error:
@@ -157,7 +160,8 @@ def hf_config(file: GgufFile) -> dict[str, Any]:
     }
     for key, hf_key in _KEYS.items():
         if (value := metadata.get(f"{name}.{key}")) is not None:
-            raw[hf_key] = _shortest(value)
+            first = value[0] if name == "deci" and isinstance(value, list) and value else value
+            raw[hf_key] = _shortest(first)
     heads = raw.get("num_attention_heads")
     if not isinstance(heads, int) or heads < 1 or not isinstance(raw.get("hidden_size"), int):
         raise InputError(f"{name}.attention.head_count must be one positive number for all layers, found {heads!r}")
@@ -165,12 +169,45 @@ def hf_config(file: GgufFile) -> dict[str, Any]:
     value_dim = metadata.get(f"{name}.attention.value_length", head_dim)
     if value_dim != head_dim:
         raise InputError(f"{name}.attention.value_length is {value_dim}, expected the key_length {head_dim}")
-    raw["partial_rotary_factor"] = _fraction(metadata.get(f"{name}.rope.dimension_count", head_dim), head_dim)
+    raw["partial_rotary_factor"] = fraction(metadata.get(f"{name}.rope.dimension_count", head_dim), head_dim)
     window = metadata.get(f"{name}.attention.sliding_window")
     if architecture.family == "Phi3ForCausalLM":
         raw["sliding_window"] = window or None
     raw.update(_rope_scaling(file, name, raw))
     return raw
+
+
+_WIDTHS = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
+
+
+def _with_own_widths(config: ModelConfig, metadata: Mapping[str, Any]) -> ModelConfig:
+    """The model with the numbers of heads and MLP widths that a `deci` file lists for each layer.
+
+    Raises:
+        InputError: a list has another length than the model, or a layer lacks a module.
+    """
+    if metadata["general.architecture"] != "deci":
+        return config
+    lists = []
+    for key in _WIDTHS:
+        values = metadata.get(f"deci.{key}")
+        values = values if isinstance(values, list) else [values] * config.num_layers
+        if len(values) != config.num_layers:
+            raise InputError(
+                f"deci.{key} has {len(values)} entries, expected one for each of {config.num_layers} layers"
+            )
+        for i, value in enumerate(values):
+            if not isinstance(value, int) or value < 1:
+                raise InputError(
+                    f"deci.{key}: layer {i} has {value!r}; layers without attention or MLP are not supported"
+                )
+        lists.append(values)
+    layers = tuple(
+        dataclasses.replace(shape, query_to_kv=uniform_query_to_kv(heads, kv_heads), intermediate_size=inner)
+        for shape, heads, kv_heads, inner in zip(config.layers, *lists, strict=True)
+    )
+    # The configuration made from the first layer says nothing about the others.
+    return config if layers == config.layers else dataclasses.replace(config, layers=layers, source="")
 
 
 def _family(file: GgufFile, raw: Mapping[str, Any]) -> Family:
@@ -267,12 +304,6 @@ def _llama3(factors: list[float], raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def _table(file: GgufFile, tensor: str) -> list[float] | None:
     return [_shortest(x) for x in file.read(tensor).tolist()] if tensor in file.tensors else None
-
-
-def _fraction(part: int, whole: int) -> float:
-    """The quotient part / whole such that int(whole x fraction) is the part again."""
-    fraction = part / whole
-    return fraction if int(whole * fraction) == part else math.nextafter(fraction, math.inf)
 
 
 def _shortest(value: Any) -> Any:

@@ -115,17 +115,23 @@ def _write_array(file: IO[bytes], planned: Planned, array: np.ndarray) -> None:
     rows = max(1, _BLOCK // max(1, math.prod(planned.shape[1:])))
     for start in range(0, planned.shape[0], rows):
         block = array[start : start + rows]
-        with np.errstate(over="ignore"):
-            cast = np.ascontiguousarray(block, dtype=planned.dtype)
-        if cast.dtype != block.dtype:
-            _check_range(planned, block, cast)
+        cast = converted(planned.name, block, planned.dtype)
         file.write(cast.view(np.uint8).data)
 
 
-def _check_range(planned: Planned, block: np.ndarray, cast: np.ndarray) -> None:
-    overflow = np.isfinite(block) & ~np.isfinite(cast)
-    if overflow.any():
-        raise InputError(
-            f"dtype {planned.dtype.name}: tensor {planned.name} holds {float(block[overflow][0]):.6g}, which is too "
-            "large for it; export as bfloat16 or float32"
-        )
+def converted(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The array in another dtype, C-contiguous.
+
+    Raises:
+        InputError: a number is too large for it; `name` is named.
+    """
+    with np.errstate(over="ignore"):
+        cast = np.ascontiguousarray(array, dtype=dtype)
+    if cast.dtype != array.dtype:
+        overflow = np.isfinite(array) & ~np.isfinite(cast)
+        if overflow.any():
+            raise InputError(
+                f"dtype {dtype.name}: tensor {name} holds {float(array[overflow][0]):.6g}, which is too "
+                "large for it; export as bfloat16 or float32"
+            )
+    return cast

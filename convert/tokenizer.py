@@ -15,7 +15,7 @@ from intraslice_jax.errors import InputError
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt")
 _VOCABULARIES = ({"tokenizer.json"}, {"tokenizer.model"}, {"vocab.json", "merges.txt"})
-_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # tokenizer.ggml.token_type; 1 is a usual piece
+UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # tokenizer.ggml.token_type; 1 is a usual piece
 
 # How the pre-tokenizers cut text before byte-pair merging; each is the one that the model was trained with.
 _LLAMA3 = (
@@ -32,7 +32,7 @@ _GPT4O = (
 _TEKKEN = _GPT4O.replace(_CONTRACTION, "").replace(r"\p{N}{1,3}", r"\p{N}")
 
 
-class _Pre(NamedTuple):
+class Pre(NamedTuple):
     """A pre-tokenizer of byte-level BPE.
 
     Attributes:
@@ -48,14 +48,14 @@ class _Pre(NamedTuple):
     add_bos: bool = False
 
 
-_PRE_TOKENIZERS = {
-    **dict.fromkeys(("gpt-2", "phi-2"), _Pre()),
-    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), _Pre(digits=True)),
-    **dict.fromkeys(("llama-bpe", "llama-v3", "llama3", "falcon3"), _Pre(_LLAMA3, whole_words=True, add_bos=True)),
-    **dict.fromkeys(("dbrx", "smaug-bpe"), _Pre(_LLAMA3)),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _Pre(_QWEN2)),
-    "gpt-4o": _Pre(_GPT4O),
-    "tekken": _Pre(_TEKKEN, whole_words=True, add_bos=True),
+PRE_TOKENIZERS = {
+    **dict.fromkeys(("gpt-2", "phi-2"), Pre()),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), Pre(digits=True)),
+    **dict.fromkeys(("llama-bpe", "llama-v3", "llama3", "falcon3"), Pre(_LLAMA3, whole_words=True, add_bos=True)),
+    **dict.fromkeys(("dbrx", "smaug-bpe"), Pre(_LLAMA3)),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), Pre(_QWEN2)),
+    "gpt-4o": Pre(_GPT4O),
+    "tekken": Pre(_TEKKEN, whole_words=True, add_bos=True),
 }
 # Files written before the key existed: what their architecture's only vocabulary uses.
 _PRE_OF_ARCHITECTURE = {"phi2": "phi-2", "qwen2": "qwen2"}
@@ -127,7 +127,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], context_length: int) -> Pre
     # Phi-3's template writes a line break behind each special token, which the model never saw.
     strips = metadata.get("general.architecture") == "phi3" and kind == "llama"
     keeps = {"<unk>", "<s>", "<|endoftext|>"}
-    for wanted, is_special in ((_CONTROL, True), (_USER_DEFINED, False)):
+    for wanted, is_special in ((CONTROL, True), (USER_DEFINED, False)):
         added = [
             AddedToken(token, normalized=False, special=is_special, rstrip=strips and is_special and token not in keeps)
             for token, token_type in zip(tokens, types, strict=True)
@@ -161,21 +161,26 @@ def _byte_level(
     del types, unknown  # every byte has a token, so nothing is unknown
     architecture = metadata.get("general.architecture", "")
     name = metadata.get("tokenizer.ggml.pre", _PRE_OF_ARCHITECTURE.get(architecture))
-    pre = _PRE_TOKENIZERS.get(name)
+    pre = PRE_TOKENIZERS.get(name)
     if pre is None:
         raise InputError(
-            f"tokenizer.ggml.pre {name!r} is not supported; supported: {', '.join(sorted(_PRE_TOKENIZERS))}"
+            f"tokenizer.ggml.pre {name!r} is not supported; supported: {', '.join(sorted(PRE_TOKENIZERS))}"
         )
     model = BPE(vocab=_vocabulary(tokens), merges=_merges(metadata), ignore_merges=pre.whole_words)
     tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizer(pre)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    return tokenizer, pre.add_bos
+
+
+def pre_tokenizer(pre: Pre) -> pre_tokenizers.PreTokenizer:
+    """What cuts text into the pieces within which tokens are merged."""
     steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if pre.digits else []
     if pre.pattern is not None:
         steps.append(pre_tokenizers.Split(Regex(pre.pattern), behavior="isolated"))
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.pattern is None))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    return tokenizer, pre.add_bos
+    return pre_tokenizers.Sequence(steps)
 
 
 def _sentencepiece(
@@ -208,7 +213,7 @@ def _sentencepiece(
 
 def merges_from_scores(tokens: Sequence[str], scores: Sequence[float], types: Sequence[int]) -> list[tuple[str, str]]:
     """The ranked merges of a sentencepiece vocabulary: every way to cut a piece in two, best score first."""
-    usual = [t not in (_UNKNOWN, _CONTROL, _BYTE) for t in types]
+    usual = [t not in (UNKNOWN, CONTROL, BYTE) for t in types]
     rank = {token: i for i, token in enumerate(tokens) if usual[i]}
     found = []
     for token, index in rank.items():

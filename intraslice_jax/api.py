@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +90,7 @@ def prune(
     sequence_length: int = 2048,
     seed: int = 0,
     on_layer: Callable[[LayerRecord], None] | None = None,
+    on_batch: Callable[[int, int], None] | None = None,
     **settings: Any,
 ) -> LanguageModel:
     """A smaller model, calibrated on a text.
@@ -102,6 +103,8 @@ def prune(
         sequence_length: tokens per window.
         seed: seed of the windows' positions.
         on_layer: called after each layer with its record.
+        on_batch: called while the ratios are estimated (`ratios` other than `uniform`) with the sequences done and
+            their number.
         **settings: further fields of `intraslice_jax.config.PruneConfig`.
 
     Returns:
@@ -118,7 +121,7 @@ def prune(
             raise InputError(f"prune has no setting {name!r}; {closest(name, known)}")
     config = PruneConfig(sparsity=sparsity, **settings)
     calibrate = CalibrationConfig(samples=samples, sequence_length=sequence_length, seed=seed)
-    return prune_calibrated(model, text, config, calibrate, on_layer)
+    return prune_calibrated(model, text, config, calibrate, on_layer, on_batch)
 
 
 def prune_calibrated(
@@ -127,12 +130,13 @@ def prune_calibrated(
     config: PruneConfig,
     calibrate: CalibrationConfig,
     on_layer: Callable[[LayerRecord], None] | None = None,
+    on_batch: Callable[[int, int], None] | None = None,
 ) -> LanguageModel:
     """`prune` with its settings as dataclasses, as the command line has them."""
     check_length(model, calibrate.sequence_length)
     stream = data.encode(model.require_tokenizer(), text)
     windows = data.sample_windows(stream, calibrate.samples, calibrate.sequence_length, calibrate.seed)
-    pruned = prune_model(model, windows, config, on_layer)
+    pruned = prune_model(model, windows, config, on_layer, on_batch)
     calibration = {
         "text_sha256": data.text_hash(text),
         "text_tokens": len(stream),
@@ -151,6 +155,7 @@ def perplexity(
     *,
     windows: int | None = None,
     batch_size: int = 0,
+    on_batch: Callable[[int, int], None] | None = None,
 ) -> float:
     """Perplexity on consecutive windows of a text: exp of the mean loss over all predicted tokens.
 
@@ -160,11 +165,13 @@ def perplexity(
         sequence_length: tokens per window; compare only perplexities of the same length.
         windows: how many windows from the start of the text, None for all.
         batch_size: windows per step, 0 to choose it.
+        on_batch: called with the windows done and their number.
 
     Raises:
         InputError: the text has fewer tokens than one window.
     """
-    return measure_perplexity(model, text_windows(model, text, sequence_length, windows), batch_size).perplexity
+    found = text_windows(model, text, sequence_length, windows)
+    return measure_perplexity(model, found, batch_size, on_batch).perplexity
 
 
 def text_windows(model: LanguageModel, text: str, sequence_length: int, limit: int | None = None) -> np.ndarray:
@@ -191,26 +198,33 @@ def export(
     model: LanguageModel | StoredModel,
     path: str | Path,
     *,
+    format: Literal["hf", "padded", "gguf"] = "hf",
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
 ) -> Path:
-    """Writes a Hugging Face folder that PyTorch loads; torch is not needed here.
-
-    An unpruned model is written for its stock class, a pruned one with a modelling file of its own, for
-    `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)`.
+    """Writes a model for PyTorch or llama.cpp; neither is needed here (docs/exports.md).
 
     Args:
         model: dense or pruned; one of `open_stored` is read as it is written.
-        path: the folder to write; it appears under its name only when complete.
-        dtype: of the weights in the files, None for the model's own.
-        max_shard_size: above it the weights are split over several files: bytes, or text such as `5GB`.
-        overwrite: replace a folder that exists.
+        path: the folder or file to write; it appears under its name only when complete.
+        format: `hf`, a Hugging Face folder: for the stock class where that can hold the model (unpruned, or pruned
+            with `layout="uniform"`), else with a modelling file, for
+            `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)`. `padded`, such a folder for the
+            stock class, with zeros where something was pruned. `gguf`, a file for llama.cpp.
+        dtype: of the weights in the files, None for the model's own: `float32`, `bfloat16`, `float16`, and `q8_0`
+            for `gguf`.
+        max_shard_size: above it the weights of a folder are split over several files: bytes, or text such as `5GB`.
+        overwrite: replace what exists.
+
+    Returns:
+        `path`.
 
     Raises:
-        InputError: `path` exists and `overwrite` is False.
+        InputError: `path` exists and `overwrite` is False, the format cannot express the model, or a weight is too
+            large for the dtype.
     """
-    return convert.export(model, path, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
+    return convert.export(model, path, format=format, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
 
 
 def generate(
@@ -222,6 +236,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    on_token: Callable[[str], None] | None = None,
 ) -> str:
     """The continuation of a prompt, without the prompt.
 
@@ -233,9 +248,11 @@ def generate(
         top_k: sample from so many of the likeliest tokens, 0 for all.
         top_p: sample from the fewest likeliest tokens whose probabilities reach this sum.
         seed: of the sampling.
+        on_token: called with the new text as it comes.
 
     Raises:
         InputError: the prompt is empty, or exceeds the model's context with its continuation.
     """
     model.require_tokenizer()
-    return continue_prompts(model, prompt, max_new_tokens, temperature, top_k, top_p, seed).texts[0]
+    told = None if on_token is None else lambda prompt, token, new: on_token(new)
+    return continue_prompts(model, prompt, max_new_tokens, temperature, top_k, top_p, seed, told).texts[0]

@@ -205,7 +205,7 @@ class CalibrationConfig:
     """Which text the statistics are taken on.
 
     Attributes:
-        calibration: text files, or one `datasets` name (`NAME`, `NAME:CONFIG`), read as one stream.
+        calibration: text files, or one `datasets` name (`NAME`, `NAME:CONFIG`, `NAME@FOLDER`), read as one stream.
         split: which split of the data set.
         column: which column of the data set holds the text.
         samples: number of windows.
@@ -228,16 +228,22 @@ class PruneConfig:
     Attributes:
         sparsity: fraction of the attention and MLP parameters of the decoder layers to remove, in [0, 1).
         method: the pruning method, a name of `intraslice_jax.prune.methods`.
-        ratios: what spreads it over layers and modules: `uniform`, `fisher`, `fisher_pca`, `fisher_components`, or a
-            JSON or YAML file with the lists `attention` and `mlp` (then the file says how much is removed, too).
+        ratios: what spreads it over layers and modules: `uniform`, `fisher`, `fisher_pca`, `fisher_components`, `kl`,
+            or a JSON or YAML file with the lists `attention` and `mlp` (then the file says how much is removed, too).
         max_ratio: the most that a layer's attention or MLP may lose.
         kind_bias: the ratio of all attentions divided by the ratio of all MLPs.
         gradient_group: calibration sequences whose gradients are summed before they are squared.
         grouping: `ragged` drops query heads one by one, `uniform` leaves all KV heads of a layer equally many
             (stock loaders and tensor parallelism need that).
+        layout: `ragged` lets every layer have its own heads and widths; `uniform` gives all layers the same numbers of
+            heads, RoPE pairs and widths, so that the export is a smaller stock model.
         align: MLP widths are multiples of this.
         damping: added to the diagonal of a Gram matrix, times its mean diagonal.
         iterative: learned mixtures of MLP channels: `never`, `always`, or `auto` for MLPs that keep few channels.
+        selection: how MLP channels are chosen: `energy` (the paper's) by their own share of the output, `obs` one by
+            one, each time the one that the others replace best.
+        value_basis: directions of the value heads that stay: of the greatest variance (`activations`, the paper's) or
+            of the greatest effect on the module's output (`outputs`).
         output_biases: give the o- and down-projections biases where the family has none, for methods that fill
             them (intraslice, flap, obs).
         batch_size: calibration windows per step, 0 to choose it from `memory_budget`.
@@ -252,9 +258,12 @@ class PruneConfig:
     kind_bias: float = 1.0
     gradient_group: int = 8
     grouping: Literal["ragged", "uniform"] = "ragged"
+    layout: Literal["ragged", "uniform"] = "ragged"
     align: int = 8
     damping: float = 0.01
     iterative: Literal["never", "auto", "always"] = "auto"
+    selection: Literal["energy", "obs"] = "energy"
+    value_basis: Literal["activations", "outputs"] = "activations"
     output_biases: bool = False
     batch_size: int = 0
     memory_budget: int = 512 * 2**20
@@ -274,6 +283,12 @@ class PruneConfig:
             raise InputError(f"gradient_group must be at least 1, found {self.gradient_group}")
         if self.grouping not in ("ragged", "uniform"):
             raise InputError(f"grouping must be ragged or uniform, found {self.grouping!r}")
+        if self.layout not in ("ragged", "uniform"):
+            raise InputError(f"layout must be ragged or uniform, found {self.layout!r}")
+        if self.selection not in ("energy", "obs"):
+            raise InputError(f"selection must be energy or obs, found {self.selection!r}")
+        if self.value_basis not in ("activations", "outputs"):
+            raise InputError(f"value_basis must be activations or outputs, found {self.value_basis!r}")
         if self.batch_size < 0:
             raise InputError(f"batch_size must be 0 (automatic) or more, found {self.batch_size}")
 

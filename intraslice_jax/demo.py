@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from intraslice_jax import api
 from intraslice_jax.calibrate.data import read_text, text_hash
+from intraslice_jax.commands._command_line import command_line
 from intraslice_jax.commands._output import say, write_json
 from intraslice_jax.commands.demo import Options
 from intraslice_jax.environment import peak_rss_bytes
@@ -19,6 +20,7 @@ from intraslice_jax.io.atomic import atomic_folder
 from intraslice_jax.io.checkpoint import versions
 from intraslice_jax.model import LanguageModel
 from intraslice_jax.progress import layer_progress, window_progress
+from intraslice_jax.report.single import write_report
 from intraslice_jax.settings import as_settings
 
 
@@ -78,12 +80,14 @@ def run_demo(options: Options) -> dict[str, Any]:
             **pruned.report,
             "texts": measured,
             "continuations": {"dense": sample, "pruned": pruned_sample},
+            "command": command_line("demo", options),
             "settings": as_settings(options),
             "versions": versions(),
             "seconds": time.monotonic() - started,
             "peak_rss_bytes": peak_rss_bytes(),
         }
         write_json(folder / "report.json", report)
+        write_report(folder)
     return report
 
 

@@ -20,8 +20,14 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pruned(model):
-    return isl.prune(model, TEXT, sparsity=0.25, samples=4, sequence_length=64, align=2)
+def layers():
+    """What `on_layer` was told."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def pruned(model, layers):
+    return isl.prune(model, TEXT, sparsity=0.25, samples=4, sequence_length=64, align=2, on_layer=layers.append)
 
 
 def test_importing_the_package_is_cheap():
@@ -76,9 +82,19 @@ def test_export_is_loaded_again(pruned, tmp_path):
 
 
 def test_generate_continues_a_prompt(pruned):
-    first = isl.generate(pruned, "the river", 8)
+    parts = []
+    first = isl.generate(pruned, "the river", 8, on_token=parts.append)
     assert first == isl.generate(pruned, "the river", 8)
     assert isinstance(first, str)
+    assert "".join(parts) == first
+
+
+def test_progress_is_told(pruned, layers):
+    assert [record.layer for record in layers] == [0, 1]
+    assert layers[1].intermediate_size == pruned.config.layers[1].intermediate_size
+    seen = []
+    isl.perplexity(pruned, TEXT, 64, windows=4, batch_size=2, on_batch=lambda done, total: seen.append((done, total)))
+    assert seen == [(2, 4), (4, 4)]
 
 
 def test_an_unknown_setting_is_named(model):

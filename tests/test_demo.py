@@ -28,7 +28,7 @@ def test_the_demo_writes_checkpoint_export_and_report(tiny_data, tmp_path, capsy
     out = tmp_path / "out"
     sizes = ["--samples", "4", "--sequence-length", "64", "--align", "2", "--windows", "3", "--max-new-tokens", "4"]
     assert main(["demo", "--output", str(out), *sizes]) == 0
-    assert sorted(path.name for path in out.iterdir()) == ["checkpoint", "hf", "report.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoint", "hf", "pictures", "report.html", "report.json"]
     report = json.loads((out / "report.json").read_text())
     assert report["evaluated_tokens"] == 3 * 63
     assert report["sequence_length"] == 64

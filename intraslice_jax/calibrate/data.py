@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import hashlib
 import random
@@ -33,6 +34,7 @@ class Recipe:
         join: what stands between two documents of the stream.
         evaluation_split: the split perplexities are reported on.
         documents: only so many documents from the first, per split; all where a split is not named.
+        evaluation_windows: only so many windows from the first are measured.
     """
 
     path: str
@@ -43,11 +45,13 @@ class Recipe:
     join: str = _JOIN
     evaluation_split: str = "test"
     documents: Mapping[str, int] = field(default_factory=dict)
+    evaluation_windows: int | None = None
 
 
 KNOWN = {
     "wikitext2": Recipe("Salesforce/wikitext", "wikitext-2-raw-v1"),
-    # One shard of many: SparseGPT, and most work after it, evaluates on the first 1,100 documents.
+    # One shard of many: SparseGPT, and most work after it, evaluates on the first 1,100 documents, and of these on
+    # no more than 256 windows.
     "c4": Recipe(
         "allenai/c4",
         files={
@@ -57,6 +61,7 @@ KNOWN = {
         join=" ",
         evaluation_split="validation",
         documents={"train": 10_000, "validation": 1_100},
+        evaluation_windows=256,
     ),
     # The set's own loader is a script, which nothing runs any more; the hub keeps a converted copy.
     "ptb": Recipe(
@@ -101,7 +106,13 @@ def _read_file(path: Path) -> str:
     return text
 
 
-def read_dataset(name: str, config: str | None = None, split: str | None = "train", column: str = "text") -> str:
+def read_dataset(
+    name: str,
+    config: str | None = None,
+    split: str | None = "train",
+    column: str = "text",
+    folder: str | None = None,
+) -> str:
     """The text column of a `datasets` data set as one text.
 
     Args:
@@ -111,12 +122,17 @@ def read_dataset(name: str, config: str | None = None, split: str | None = "trai
         split: which split; slices such as `train[:1%]` work. None means the one that perplexities are reported
             on (`test` where the name says nothing else).
         column: where the text is; not for short names. Documents are joined by an empty line.
+        folder: a local copy of the hub's repository, for short names.
 
     Raises:
         InputError: the data set, configuration, split or column does not exist, holds no text, or cannot be
             downloaded.
     """
     recipe = KNOWN.get(name) or Recipe(name, config, column=column)
+    if folder is not None:
+        if not Path(folder).is_dir():
+            raise InputError(f"data set {name}@{folder}: there is no such folder; expected a copy of {recipe.path}")
+        recipe = dataclasses.replace(recipe, path=folder, revision=None)
     if name in KNOWN and config is not None:
         raise InputError(
             f"data set {name} is a short name for {recipe.path} and takes no configuration, found {config!r}; "
@@ -167,9 +183,10 @@ def _load(recipe: Recipe, name: str, split: str) -> Dataset:
     except DatasetNotFoundError as error:
         raise InputError(f"data set {name} was not found{_nearest(name)}: {_line(error)}") from error
     except ConnectionError as error:
+        copy = f"a copy of {recipe.path} as {name}@FOLDER" if name in KNOWN else "the folder of a local copy"
         raise InputError(
-            f"data set {name} cannot be downloaded ({_line(error)}){_nearest(name)}; without a network give the "
-            f"folder of a local copy, or text files"
+            f"data set {name} cannot be downloaded ({_line(error)}){_nearest(name)}; without a network give {copy}, "
+            "or text files"
         ) from error
     except (DatasetsError, ValueError, OSError, RuntimeError) as error:
         # Unknown splits and configurations arrive here; the message lists those that exist.
@@ -188,8 +205,10 @@ def _saved_split(saved: Dataset | DatasetDict, name: str, split: str) -> Dataset
 
 
 def _nearest(name: str) -> str:
+    if name in KNOWN:
+        return ""
     near = difflib.get_close_matches(name, KNOWN, n=1)
-    return f" (did you mean {near[0]}?)" if near and near[0] != name else ""
+    return f" (did you mean {near[0]}?)" if near else f" (short names are {_list(KNOWN)})"
 
 
 def _list(names: Any) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from intraslice_jax.errors import InputError
+from intraslice_jax.io.atomic import write_bytes
 
 
 def say(message: str) -> None:
@@ -41,16 +40,7 @@ def check_json_output(path: Path | None, overwrite: bool) -> None:
 
 def write_json(path: Path, facts: dict[str, Any]) -> None:
     """Writes a JSON file that appears under its name only when complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, work = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
-        os.chmod(work, 0o644)
-        os.replace(work, path)
-    except BaseException:
-        os.unlink(work)
-        raise
+    write_bytes(path, (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
 
 
 def number(value: int) -> str:

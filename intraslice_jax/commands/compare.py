@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Fixed, OmitArgPrefixes, Suppress
-from tyro.constructors import PrimitiveConstructorSpec
 
-from intraslice_jax.commands._types import Config, Dtype, Files, Model, Output
+from intraslice_jax.commands._held_out import HeldOut, read_held_out
+from intraslice_jax.commands._types import Config, Dtype, Model, Names, Numbers, Output
 from intraslice_jax.config import CalibrationConfig, ParallelConfig, PruneConfig
 
 if TYPE_CHECKING:
     from intraslice_jax.evaluate.compare import Row
-
-
-def _listed(kind: Callable[[str], Any], metavar: str) -> PrimitiveConstructorSpec:
-    """Values with commas or spaces between them."""
-    return PrimitiveConstructorSpec(
-        nargs="*",
-        metavar=metavar,
-        instance_from_str=lambda given: tuple(kind(part) for item in given for part in item.split(",") if part),
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda value: [",".join(map(str, value))],
-    )
-
-
-Names = Annotated[tuple[str, ...], _listed(str, "NAME,NAME,...")]
-Numbers = Annotated[tuple[float, ...], _listed(float, "FRACTION,FRACTION,...")]
 
 
 @dataclass(frozen=True)
@@ -43,7 +27,7 @@ class Settings(PruneConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(HeldOut):
     """Prune a model with several methods and print their perplexities in one table.
 
     All methods see the same calibration windows and are measured on the same evaluation windows. OUT gets
@@ -56,11 +40,6 @@ class Options:
             biases to fill (flap+biases is FLAP as its authors use it on Llama).
         sparsity: fractions of the decoder layers' parameters to remove.
         ratios: estimators of the ratios per layer (see `prune`); slicegpt takes none.
-        text: text files to measure perplexity on.
-        dataset: instead of files, a data set: `NAME` or `NAME:CONFIG`.
-        evaluation_split: which split of the data set; the one the field reports on, `test` mostly, if not given.
-        evaluation_column: which column of the data set holds the text.
-        windows: how many evaluation windows from the start of the text; all if not given.
         dtype: dtype of the weights; as stored if not given.
         config: YAML file with any of these options; the command line is stronger.
         overwrite: replace OUT if it exists.
@@ -71,11 +50,6 @@ class Options:
     methods: Names = ("intraslice", "magnitude", "wanda_sp", "flap", "obs", "slicegpt")
     sparsity: Numbers = (0.2, 0.3, 0.5)
     ratios: Names = ("uniform",)
-    text: Files = ()
-    dataset: str | None = None
-    evaluation_split: str | None = None
-    evaluation_column: str = "text"
-    windows: int | None = None
     dtype: Dtype | None = None
     config: Config = None
     overwrite: bool = False
@@ -109,12 +83,12 @@ def run(options: Options) -> None:
     trials = plan_trials(options.methods, options.sparsity, options.ratios, options.prune)
     calibrate = options.calibrate
     text = read_sources(calibrate.calibration, calibrate.split, calibrate.column, "--calibration")
-    held_out = _evaluation_text(options)
+    held_out = read_held_out(options)
     model = api.load(options.model, options.dtype, make_mesh(options.parallel.mesh))
     api.check_length(model, calibrate.sequence_length)
     stream = data.encode(model.require_tokenizer(), text)
     calibration = data.sample_windows(stream, calibrate.samples, calibrate.sequence_length, calibrate.seed)
-    evaluation = api.text_windows(model, held_out, calibrate.sequence_length, options.windows)
+    evaluation = api.text_windows(model, held_out.text, calibrate.sequence_length, held_out.windows)
 
     rows: list[Row] = []
     partial = options.output.with_name(f"{options.output.name}.partial.json")
@@ -125,7 +99,7 @@ def run(options: Options) -> None:
             "rows": [dataclasses.asdict(row) for row in rows],
             "sequence_length": calibrate.sequence_length,
             "calibration_text_sha256": data.text_hash(text),
-            "evaluation_text_sha256": data.text_hash(held_out),
+            "evaluation_text_sha256": data.text_hash(held_out.text),
             "evaluation_windows": len(evaluation),
             "settings": as_settings(options),
             "versions": versions(),
@@ -158,18 +132,6 @@ def run(options: Options) -> None:
 
 
 _PLURAL = {"sparsity": "sparsity", "method": "methods", "ratios": "ratios"}
-
-
-def _evaluation_text(options: Options) -> str:
-    from intraslice_jax.calibrate.data import read_dataset, read_text
-    from intraslice_jax.errors import InputError
-
-    if bool(options.text) == bool(options.dataset):
-        raise InputError("give either --text FILE or --dataset NAME, to say what perplexity is measured on")
-    if options.dataset:
-        name, _, config = options.dataset.partition(":")
-        return read_dataset(name, config or None, options.evaluation_split, options.evaluation_column)
-    return read_text(options.text)
 
 
 def _line(row: Row) -> str:

@@ -1,4 +1,4 @@
-"""`intraslice export`: a folder that PyTorch programs load."""
+"""`intraslice export`: a folder or file that other programs load."""
 
 from __future__ import annotations
 
@@ -6,30 +6,31 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-from intraslice_jax.commands._types import Checkpoint, Config, Dtype, Out
+from intraslice_jax.commands._types import Checkpoint, Config, Out
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Write a model as a Hugging Face folder for PyTorch.
+    """Write a model for PyTorch or llama.cpp.
 
-    A pruned model loads with `AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True)`; an unpruned one
-    is an ordinary checkpoint of its family.
+    A pruned model loads with `AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True)`. An unpruned one, and
+    one pruned with `--layout uniform`, is an ordinary checkpoint that needs no `trust_remote_code`.
 
     Attributes:
         checkpoint: what `prune` or `convert` wrote, or any model.
-        output: the folder to write.
-        format: `hf` is a Hugging Face folder.
-        dtype: dtype of the written weights; as stored if not given.
-        max_shard_size: above this size the weights are split over several files.
+        output: the folder to write; a file OUT.gguf for the format `gguf`.
+        format: `hf` is a Hugging Face folder; `padded` one in the original shapes, with zeros where something was
+            pruned, for programs that know only the stock class; `gguf` a file for llama.cpp.
+        dtype: dtype of the written weights, `q8_0` for `gguf` only; as stored if not given.
+        max_shard_size: above this size the weights of a folder are split over several files.
         config: YAML file with any of these options; the command line is stronger.
         overwrite: replace OUT if it exists.
     """
 
     checkpoint: Checkpoint
     output: Out
-    format: Literal["hf"] = "hf"
-    dtype: Dtype | None = None
+    format: Literal["hf", "padded", "gguf"] = "hf"
+    dtype: Literal["float32", "bfloat16", "float16", "q8_0"] | None = None
     max_shard_size: str = "5GB"
     config: Config = None
     overwrite: bool = False
@@ -37,10 +38,14 @@ class Options:
 
 def run(options: Options) -> None:
     """Reads and writes tensor by tensor."""
-    from intraslice_jax.io.atomic import check_output
+    from intraslice_jax.errors import InputError
+    from intraslice_jax.io.atomic import check_file, check_output
     from intraslice_jax.io.memory import return_freed_arrays
 
-    check_output(options.output, options.overwrite)
+    is_file = options.format == "gguf"
+    if is_file and options.output.suffix != ".gguf":
+        raise InputError(f"--format gguf writes a file: expected a name that ends in .gguf, found {options.output}")
+    (check_file if is_file else check_output)(options.output, options.overwrite)
     return_freed_arrays()
 
     from intraslice_jax import api
@@ -53,11 +58,13 @@ def run(options: Options) -> None:
     api.export(
         model,
         options.output,
+        format=options.format,
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,
         overwrite=options.overwrite,
     )
-    size = sum(file.stat().st_size for file in options.output.glob("*.safetensors"))
+    files = [options.output] if is_file else options.output.glob("*.safetensors")
+    size = sum(file.stat().st_size for file in files)
     facts = {
         "parameters": model.config.total_parameters(),
         "weight_bytes": size,
@@ -65,7 +72,7 @@ def run(options: Options) -> None:
         "settings": as_settings(options),
         "versions": versions(),
     }
-    write_json(options.output / "export.json", facts)
+    write_json(options.output.with_suffix(".json") if is_file else options.output / "export.json", facts)
     print_table(
         [
             ["written", str(options.output)],

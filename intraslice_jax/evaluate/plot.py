@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from intraslice_jax.evaluate.compare import Row
 
 
-def plot_rows(rows: Sequence[Row], title: str, path: str | Path) -> bool:
+def plot_rows(rows: Sequence[Row], title: str, path: str | Path | BinaryIO) -> bool:
     """Draws perplexity over the removed fraction, a line per method and estimator, into an image file.
 
     Args:
         rows: of a comparison; those without a finite perplexity are left out.
         title: what stands above.
-        path: where to; the ending says the format.
+        path: where to; the ending says the format, an open file gets a PNG.
 
     Returns:
         False if matplotlib is not installed (the extra `report` brings it); then nothing is written.

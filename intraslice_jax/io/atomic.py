@@ -1,4 +1,4 @@
-"""Folders that appear under their final name only when complete."""
+"""Files and folders that appear under their final name only when complete."""
 
 from __future__ import annotations
 
@@ -20,6 +20,19 @@ def check_output(path: str | Path, overwrite: bool) -> Path:
     for part in (path, *path.parents):
         if part.is_file():
             raise InputError(f"{part} is a file; the output must be a folder")
+    return path
+
+
+def check_file(path: str | Path, overwrite: bool) -> Path:
+    """`check_output` for an output that is a file."""
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; the output must be a file")
+    if path.is_file():
+        if not overwrite:
+            raise InputError(f"{path} exists already; choose another output or pass --overwrite")
+        return path
+    check_output(path, overwrite)
     return path
 
 
@@ -50,6 +63,34 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def atomic_file(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yields the name of a file beside `path`, renamed to `path` when the block ends without an error.
+
+    On any error the file is removed and what stood at `path` before stays.
+
+    Raises:
+        InputError: `path` exists and `overwrite` is False, or is a folder.
+    """
+    path = check_file(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    os.close(handle)
+    work = Path(name)
+    try:
+        work.chmod(0o666 & ~_umask())
+        yield work
+        os.replace(work, path)
+    finally:
+        work.unlink(missing_ok=True)
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Writes a file, and the folder it is in, replacing what was there."""
+    with atomic_file(path, overwrite=True) as work:
+        work.write_bytes(content)
 
 
 def _umask() -> int:

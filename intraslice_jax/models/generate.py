@@ -14,6 +14,7 @@ from intraslice_jax.model import LanguageModel
 from intraslice_jax.models.cache import decode, prefill
 from intraslice_jax.models.finite import first_bad_layer
 from intraslice_jax.models.precision import exact_float32
+from intraslice_jax.models.rope import longrope_limit
 from intraslice_jax.models.sampling import Sampling
 from intraslice_jax.parallel.placement import to_host
 
@@ -40,6 +41,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     on_token: Callable[[int, int, str], None] | None = None,
+    finished: Callable[[int, list[int]], bool] | None = None,
 ) -> GenerationResult:
     """Continues prompts as one batch until each meets a stop token or has `max_new_tokens`.
 
@@ -57,6 +59,7 @@ def generate(
         seed: of the draws; the same seed gives the same text.
         on_token: called with (prompt index, token id, new text) as tokens come. The text is empty while a character
             is incomplete.
+        finished: asked after each token, with the prompt's index and its new ids, whether that continuation ends.
 
     Raises:
         InputError: no prompt, an empty one, ids outside the vocabulary, numbers out of range, or a prompt that with
@@ -71,7 +74,7 @@ def generate(
     done = [False] * len(rows)
     stream = None if on_token is None else _Stream(model, on_token, len(rows))
     slots = bucket(max(map(len, rows)) + max_new_tokens)
-    switch = _longrope_switch(model)
+    limit = longrope_limit(model.config.rope, model.config.max_position_embeddings)
     with exact_float32(model.decoder):
         logits, caches = _prefill(model, rows, slots)
         for step in range(max_new_tokens):
@@ -82,12 +85,12 @@ def generate(
                 rows[i].append(token)
                 if not done[i]:
                     generated[i].append(token)
-                    done[i] = token in stop
+                    done[i] = token in stop or (finished is not None and finished(i, generated[i]))
                     if stream is not None:
                         stream.show(i, generated[i])
             if all(done) or step + 1 == max_new_tokens:
                 break
-            if any(len(row) == switch for row in rows):
+            if limit is not None and any(len(row) == limit + 1 for row in rows):
                 logits, caches = _prefill(model, rows, slots)
             else:
                 positions = jnp.asarray([len(row) - 1 for row in rows], jnp.int32)
@@ -148,14 +151,6 @@ def _stop_tokens(model: LanguageModel) -> set[int]:
     """Those of the model and of its generation settings (chat models often name more there)."""
     more = model.generation_config.get("eos_token_id") or []
     return {*model.config.eos_token_id, *([more] if isinstance(more, int) else more)}
-
-
-def _longrope_switch(model: LanguageModel) -> int | None:
-    """The length from which on `longrope` uses its long factors."""
-    rope = model.config.rope
-    if rope.rope_type != "longrope":
-        return None
-    return (rope.get("original_max_position_embeddings") or model.config.max_position_embeddings) + 1
 
 
 def _check_finite(model: LanguageModel, logits: Float[Array, "batch vocab"], rows: list[list[int]]) -> None:

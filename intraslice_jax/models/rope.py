@@ -126,7 +126,7 @@ def _yarn_mscale(scale: float, mscale: float) -> float:
 
 def _longrope(rope: RopeConfig, plain: np.ndarray, limit: int, seq_len) -> tuple[Array, float]:
     """LongRoPE (Phi-3): one factor per frequency, other ones beyond the original context."""
-    original = rope.get("original_max_position_embeddings") or limit
+    original = _original_context(rope, limit)
     tables = []
     for name in ("short_factor", "long_factor"):
         factors = rope.get(name)
@@ -139,6 +139,15 @@ def _longrope(rope: RopeConfig, plain: np.ndarray, limit: int, seq_len) -> tuple
     if attention_factor is None:
         attention_factor = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     return jnp.where(jnp.asarray(seq_len) > original, tables[1], tables[0]), float(attention_factor)
+
+
+def longrope_limit(rope: RopeConfig, max_position_embeddings: int) -> int | None:
+    """The longest context that `longrope` rotates with its short factors, None for other types."""
+    return _original_context(rope, max_position_embeddings) if rope.rope_type == "longrope" else None
+
+
+def _original_context(rope: RopeConfig, limit: int) -> int:
+    return rope.get("original_max_position_embeddings") or limit
 
 
 def rotate(

@@ -75,6 +75,28 @@ def allocate_evenly(config: ModelConfig, prune: PruneConfig) -> LayerRatios:
     )
 
 
+def allocate_by_cost(config: ModelConfig, costs: tuple[np.ndarray, np.ndarray], prune: PruneConfig) -> LayerRatios:
+    """Ratios r of all modules, attentions and MLPs together, that minimise the sum of cost x r^2 within the budget.
+
+    The minimum has r in proportion to a module's parameters by its cost, except where a cap cuts.
+
+    Args:
+        config: the model.
+        costs: of the attentions and of the MLPs, per layer; more than 0.
+        prune: budget, caps and alignment.
+
+    Raises:
+        InputError: the budget cannot be met.
+    """
+    kinds = modules(config, prune)
+    check_reachable(*kinds, prune)
+    both = Modules(*(np.concatenate([getattr(kind, name) for kind in kinds]) for name in ("parameters", "caps")))
+    ratios = both.parameters / np.concatenate(costs)
+    target = both.target(prune.sparsity)
+    ratios = cap_and_spread(ratios * (target / float(both.parameters @ ratios)), both, target)
+    return LayerRatios(*(tuple(float(r) for r in part) for part in np.split(ratios, 2)))
+
+
 def _per_kind(config: ModelConfig, prune: PruneConfig, ratios_of) -> LayerRatios:
     attention, mlp = modules(config, prune)
     shares = split(attention, mlp, prune)
@@ -100,6 +122,17 @@ def modules(config: ModelConfig, prune: PruneConfig) -> tuple[Modules, Modules]:
     )
 
 
+def check_reachable(attention: Modules, mlp: Modules, prune: PruneConfig) -> None:
+    """Raises InputError, with what could be removed, if the budget is beyond that."""
+    total = float(attention.parameters.sum() + mlp.parameters.sum())
+    largest = attention.target(attention.reachable) + mlp.target(mlp.reachable)
+    if prune.sparsity * total > largest + 1e-9 * total:
+        raise InputError(
+            f"sparsity {prune.sparsity:g} cannot be reached: at most {_floor(largest / total)} of the attention and "
+            f"MLP parameters can be removed with max_ratio {prune.max_ratio:g} and align {prune.align}"
+        )
+
+
 def split(attention: Modules, mlp: Modules, prune: PruneConfig) -> tuple[float, float]:
     """The ratios of all attentions and of all MLPs: the first is `kind_bias` times the second.
 
@@ -108,15 +141,8 @@ def split(attention: Modules, mlp: Modules, prune: PruneConfig) -> tuple[float, 
     """
     sparsity, bias = prune.sparsity, prune.kind_bias
     sizes = attention.parameters.sum(), mlp.parameters.sum()
-    total = sum(sizes)
-    wanted = sparsity * total
-    largest = attention.target(attention.reachable) + mlp.target(mlp.reachable)
-    rounding = 1e-9 * total
-    if wanted > largest + rounding:
-        raise InputError(
-            f"sparsity {sparsity:g} cannot be reached: at most {_floor(largest / total)} of the attention and MLP "
-            f"parameters can be removed with max_ratio {prune.max_ratio:g} and align {prune.align}"
-        )
+    wanted = sparsity * sum(sizes)
+    check_reachable(attention, mlp, prune)
     mlp_ratio = wanted / (bias * sizes[0] + sizes[1])
     attention_ratio = bias * mlp_ratio
     slack = 1e-9

@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,17 @@ from jaxtyping import Array, Bool, Float, Int
 from intraslice_jax.calibrate.statistics import AttentionMoments, MapMoments
 from intraslice_jax.config import LayerShape
 from intraslice_jax.prune.compensation import Sums, relative_error, ridge
-from intraslice_jax.prune.linalg import eigh_descending, solver_name, to_solver
+from intraslice_jax.prune.linalg import (
+    Number,
+    centred,
+    eigh_descending,
+    inverse_gram,
+    solver_name,
+    to_solver,
+)
 from intraslice_jax.prune.method import PrunedAttention
+
+ValueBasis = Literal["activations", "outputs"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,8 @@ class AttentionPlan:
     rest_width: int
     """Query/key channels that are not rotated."""
     v_width: int
+    pairs: tuple[int, ...] | None = None
+    """RoPE pairs that all KV heads keep; None for each KV head's own best."""
 
     @property
     def qk_width(self) -> int:
@@ -167,7 +178,9 @@ def query_key_maps(moments: AttentionMoments, plan: AttentionPlan, shape: LayerS
 def select_pairs(
     pair_scores: Float[np.ndarray, "heads qk"], plan: AttentionPlan, rotary_dim: int
 ) -> Int[np.ndarray, "kv pairs"]:
-    """The best RoPE pairs of each kept KV head's group, ascending (docs/method.md 2.2)."""
+    """The best RoPE pairs of each kept KV head's group, ascending (docs/method.md 2.2), or the plan's own."""
+    if plan.pairs is not None:
+        return np.tile(np.asarray(plan.pairs, np.int32), (len(plan.kv_heads), 1))
     half = rotary_dim // 2
     scores = np.asarray(pair_scores, np.float64)[list(plan.heads)]
     scores = scores[:, :half] + scores[:, half:rotary_dim]
@@ -218,6 +231,41 @@ def value_bases(group_gram: Float[Array, "kv v v"], width: int) -> Float[Array, 
     return eigh_descending(group_gram)[1][:, :, :width]
 
 
+def unexplained_blocks(gram: Float[Array, "inputs inputs"], heads: int, damping: Number) -> Float[Array, "heads v v"]:
+    """Second moment of what the other heads do not predict of each head: what its directions are worth in company.
+
+    By block inversion it is ((G^-1)_hh)^-1 for the damped Gram matrix G.
+    """
+    return jnp.linalg.inv(head_blocks(inverse_gram(gram, damping), heads))
+
+
+def effective_bases(
+    blocks: Float[Array, "heads v v"],
+    o_proj: Float[Array, "heads v hidden"],
+    to_kv: Int[Array, " heads"],
+    kv_heads: int,
+    width: int,
+) -> Float[Array, "kv v width"]:
+    """Orthonormal directions from which the heads' shares of the output are regressed best (docs/method.md 6.2).
+
+    For a group of one head with second moment C and output map W it is the optimum, the leading left singular vectors
+    of C^1/2 W; in larger groups the heads' moments are pooled.
+
+    Args:
+        blocks: second moment of each head.
+        o_proj: its map to the output.
+        to_kv: the group of each.
+        kv_heads: number of groups.
+        width: directions per group.
+    """
+    pooled = sum_groups(blocks, to_kv, kv_heads)
+    _, inverse = _roots(pooled)
+    effects = blocks @ o_proj
+    effect = sum_groups(effects @ effects.swapaxes(1, 2), to_kv, kv_heads)
+    directions = inverse @ eigh_descending(inverse @ effect @ inverse)[1][:, :, :width]
+    return jnp.linalg.qr(directions)[0]
+
+
 def fuse_attention(
     arrays: Mapping[str, Array],
     shape: LayerShape,
@@ -226,6 +274,7 @@ def fuse_attention(
     moments: MapMoments,
     tokens: int,
     damping: float,
+    value_basis: ValueBasis = "activations",
 ) -> PrunedAttention:
     """Small attention weights: query/key maps, value basis and ridge map fused (docs/method.md 2.2, 2.3).
 
@@ -237,6 +286,7 @@ def fuse_attention(
         moments: of the kept heads' y' against the full y.
         tokens: how many tokens the moments sum over.
         damping: relative ridge damping.
+        value_basis: directions of the greatest variance, or of the greatest effect on the output.
     """
     rows = {"q": np.asarray(plan.heads), "k": np.asarray(plan.kv_heads), "v": np.asarray(plan.kv_heads)}
     weights = {name: np.asarray(array) for name, array in arrays.items() if name != "rope_pairs"}
@@ -251,13 +301,14 @@ def fuse_attention(
         float(tokens),
         damping,
         plan.v_width,
+        value_basis,
     )
     new["rope_pairs"] = jnp.asarray(np.take_along_axis(np.asarray(arrays["rope_pairs"])[rows["k"]], maps.pairs, 1))
     notes = {"solver": solver_name(indefinite)}
     return PrunedAttention(new, plan.shape_of(shape), plan.heads, float(error), notes)
 
 
-@functools.partial(jax.jit, static_argnames="v_width")
+@functools.partial(jax.jit, static_argnames=("v_width", "value_basis"))
 def _fuse(
     projections: dict[str, Array],
     output: dict[str, Array],
@@ -268,6 +319,7 @@ def _fuse(
     tokens: Float[Array, ""],
     damping: Float[Array, ""],
     v_width: int,
+    value_basis: ValueBasis,
 ) -> tuple[dict[str, Array], Float[Array, ""], Bool[Array, ""]]:
     """The small weights, the relative error of the output, and whether the Gram matrix was indefinite.
 
@@ -281,15 +333,32 @@ def _fuse(
         tokens: how many the moments sum over.
         damping: relative ridge damping.
         v_width: channels of a value head.
+        value_basis: what decides on its directions.
     """
     heads, kv_heads = len(to_kv), len(key_maps)
-    bases = value_bases(sum_groups(head_blocks(moments.gram, heads), to_kv, kv_heads), v_width)
-    rotation = _block_diagonal(bases[to_kv])
-    gram, cross = rotation.T @ moments.gram @ rotation, rotation.T @ moments.cross
-    o_proj = output["o_proj"].reshape(-1, output["o_proj"].shape[-1])
     sums = None
     if "o_bias" in output:
-        sums = Sums(moments.input_sum @ rotation, moments.target_sum, tokens)
+        sums = Sums(moments.input_sum, moments.target_sum, tokens)
+    o_proj = output["o_proj"].reshape(-1, output["o_proj"].shape[-1])
+    if value_basis == "activations":
+        bases = value_bases(sum_groups(head_blocks(moments.gram, heads), to_kv, kv_heads), v_width)
+    else:
+        full = ridge(moments.gram, moments.cross, damping, sums)
+        bases = effective_bases(
+            unexplained_blocks(
+                moments.gram if sums is None else centred(moments.gram, sums.inputs, sums.inputs, sums.tokens),
+                heads,
+                damping,
+            ),
+            (full.weights @ o_proj).reshape(heads, -1, o_proj.shape[-1]),
+            to_kv,
+            kv_heads,
+            v_width,
+        )
+    rotation = _block_diagonal(bases[to_kv])
+    gram, cross = rotation.T @ moments.gram @ rotation, rotation.T @ moments.cross
+    if sums is not None:
+        sums = sums._replace(inputs=sums.inputs @ rotation)
     fit = ridge(gram, cross, damping, sums)
     error = relative_error(fit, gram, cross, moments.target_gram, o_proj, sums)
 

@@ -28,10 +28,12 @@ from intraslice_jax.model import LanguageModel
 from intraslice_jax.models.decoder import Block, block_from_arrays, decoder_to_arrays
 from intraslice_jax.models.rope import RopeTable
 from intraslice_jax.parallel.batches import even_batches
+from intraslice_jax.parallel.distributed import from_first
 from intraslice_jax.parallel.linalg import fits_one_device
 from intraslice_jax.parallel.mesh import ways
 from intraslice_jax.parallel.moments import MomentSum
-from intraslice_jax.parallel.placement import local, mesh_of, put_batch, replicated, to_host
+from intraslice_jax.parallel.placement import local, mesh_of, put_batch, put_weights, replicated, to_host
+from intraslice_jax.parallel.rules import RULES
 
 
 @dataclass
@@ -279,3 +281,27 @@ def check_finite(layer: int, module: str, moments: Any) -> Any:
 @jax.jit
 def _finite(moments: Any) -> Any:
     return jax.tree.map(lambda array: jnp.isfinite(array).all(), moments)
+
+
+def replace(
+    arrays: Mapping[str, Array], module: str, new: Mapping[str, Array], mesh: Mesh | None = None
+) -> dict[str, Array]:
+    """The block's arrays with one module's exchanged, in the dtypes they had; those of process 0 on all processes."""
+    cast = {
+        f"{module}.{name}": jnp.asarray(np.asarray(array).astype(arrays[f"{module}.{name}"].dtype))
+        for name, array in new.items()
+    }
+    return {**arrays, **(cast if mesh is None else put_weights(from_first(cast), mesh, RULES.in_use(), quiet=True))}
+
+
+def batch_size(model: ModelConfig, shape: tuple[int, ...], config: PruneConfig, ways: int = 1) -> int:
+    """The largest divisor of the windows of each of `ways` device rows whose activations fit the memory budget."""
+    samples, seq = shape
+    samples = max(1, samples // ways)
+    wanted = -(-config.batch_size // ways)
+    if not wanted:
+        widest = max(model.layers, key=lambda layer: layer.intermediate_size)
+        per_token = 8 * model.hidden_size + 4 * widest.intermediate_size
+        scores = 2 * widest.num_attention_heads * max(128, seq // 8)
+        wanted = config.memory_budget // (4 * seq * (per_token + scores))
+    return max(size for size in range(1, max(1, min(wanted, samples)) + 1) if samples % size == 0)

@@ -24,6 +24,7 @@ from intraslice_jax.model import LanguageModel
 from intraslice_jax.prune.allocation import UnitScores, allocate, allocate_evenly
 from intraslice_jax.prune.budget import LayerRatios
 from intraslice_jax.prune.linalg import eigh_descending, solver_precision, to_solver
+from intraslice_jax.prune.sensitivity import KLSensitivity
 from intraslice_jax.settings import closest
 
 DEGENERATE = 1e-6
@@ -165,6 +166,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "fisher": Fisher(),
     "fisher_pca": FisherPCA(),
     "fisher_components": FisherComponents(),
+    "kl": KLSensitivity(),
 }
 """Known estimators; may be added to."""
 

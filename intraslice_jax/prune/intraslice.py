@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -12,11 +13,13 @@ from intraslice_jax.prune.attention import AttentionPlan, HeadEnergies, fuse_att
 from intraslice_jax.prune.calibration import AttentionCalibration, MLPCalibration
 from intraslice_jax.prune.heads import choose_heads
 from intraslice_jax.prune.iterative import IterativeSettings
-from intraslice_jax.prune.linalg import solver_precision
+from intraslice_jax.prune.linalg import solver_precision, to_solver
 from intraslice_jax.prune.method import PrunedAttention, PrunedMLP
 from intraslice_jax.prune.mixtures import better_mlp
-from intraslice_jax.prune.mlp import fuse_mlp
+from intraslice_jax.prune.mlp import eliminate, fuse_mlp, select_channels
 from intraslice_jax.prune.mlp_on_mesh import fuse_mlp_on_mesh
+from intraslice_jax.prune.spectra import value_spectra
+from intraslice_jax.prune.uniform import UniformLayout
 
 AUTO_SHARE = 0.4
 """Under this share of kept channels `iterative: auto` tries learned mixtures (docs/method.md 3.3)."""
@@ -24,7 +27,13 @@ AUTO_SHARE = 0.4
 
 @dataclass(frozen=True)
 class IntraSlice:
-    """PCA inside each module: docs/method.md sections 2 and 3."""
+    """PCA inside each module: docs/method.md sections 2 and 3.
+
+    Attributes:
+        layout: the shape that all layers get; None where each has its own.
+    """
+
+    layout: UniformLayout | None = None
 
     def prune_attention(self, layer: AttentionCalibration, ratio: float) -> PrunedAttention:
         """Heads and widths, RoPE pairs, value basis, ridge compensation, in two passes over the text."""
@@ -42,7 +51,10 @@ class IntraSlice:
 
         budget = channels_in - round(channels_in * ratio)
         grouping, allowed = layer.config.grouping, layer.parameter_range
-        plan = plan_for(*choose_heads(energies, budget, shape.query_to_kv, grouping, cost, allowed))
+        if self.layout is not None:
+            plan = self.layout.attention_plan(energies, shape)
+        else:
+            plan = plan_for(*choose_heads(energies, budget, shape.query_to_kv, grouping, cost, allowed))
         if plan.keeps_all(shape):
             return PrunedAttention(arrays, shape, plan.heads, 0.0, {"solver": "none"})  # the ridge would still damp it
         with solver_precision():
@@ -50,15 +62,24 @@ class IntraSlice:
             per_head = [np.asarray(m, np.float32)[list(plan.local_query_to_kv)] for m in (maps.query, maps.key)]
         kept = layer.kept_moments(plan.heads, *map(jnp.asarray, per_head))
         with solver_precision():
-            return fuse_attention(arrays, shape, plan, maps, kept, layer.tokens, layer.config.damping)
+            fused = fuse_attention(
+                arrays, shape, plan, maps, kept, layer.tokens, layer.config.damping, layer.config.value_basis
+            )
+        spectra = value_spectra(kept.gram, plan.query_to_kv)
+        return dataclasses.replace(fused, notes={**fused.notes, "value_spectra": spectra})
 
     def prune_mlp(self, layer: MLPCalibration, keep: int) -> PrunedMLP:
         """Channel selection and compensation, or learned mixtures where they are wanted and better."""
-        if mesh_of(layer.moments) is not None:
-            plain = fuse_mlp_on_mesh(layer.arrays, layer.moments, layer.tokens, keep, layer.config.damping)
+        arrays, moments, damping = layer.arrays, layer.moments, layer.config.damping
+        if mesh_of(moments) is not None:
+            plain = fuse_mlp_on_mesh(arrays, moments, layer.tokens, keep, damping, layer.config.selection)
         else:
             with solver_precision():
-                plain = fuse_mlp(layer.arrays, layer.moments, layer.tokens, keep, layer.config.damping)
+                if layer.config.selection == "obs":
+                    kept = eliminate(arrays, moments, layer.tokens, keep, damping)
+                else:
+                    kept = select_channels(to_solver(moments.gram), to_solver(arrays["down_proj"]), keep)
+                plain = fuse_mlp(arrays, moments, layer.tokens, kept, damping)
         if not self._wants_mixtures(layer, keep):
             return plain
         return better_mlp(layer, plain, keep, IterativeSettings())

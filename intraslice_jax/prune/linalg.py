@@ -75,6 +75,13 @@ def _eigh_solve(gram: Array, cross: Array) -> Array:
     return vectors @ (inverse[:, None] * (vectors.T @ cross))
 
 
+def inverse_gram(gram: Float[Array, "n n"], damping: Number) -> Float[Array, "n n"]:
+    """Inverse of the damped Gram matrix, with a damping of at least 1e-6."""
+    identity = jnp.eye(len(gram), dtype=gram.dtype)
+    # Channels that never fire must not make it singular, not even all of them.
+    return solve_gram(damped(gram, jnp.maximum(damping, 1e-6)) + 1e-30 * identity, identity).weights
+
+
 def centred(gram: Array, left: Array, right: Array, count: Number) -> Array:
     """Second moment about the mean from the second moment about zero and the sums over `count` tokens."""
     return gram - left[:, None] * right[None, :] / count

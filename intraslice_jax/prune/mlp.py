@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from intraslice_jax.calibrate.statistics import GramMoments, MapMoments
 from intraslice_jax.prune.compensation import Compensation, Sums, relative_error, ridge
+from intraslice_jax.prune.elimination import eliminate_channels, inverse_moment
 from intraslice_jax.prune.linalg import solver_name, to_solver
 from intraslice_jax.prune.method import PrunedMLP
 
@@ -36,18 +37,29 @@ def select_channels(
     return np.sort(rank_channels(gram, down_proj)[:keep])
 
 
-def fuse_mlp(arrays: Mapping[str, Array], moments: GramMoments, tokens: int, keep: int, damping: float) -> PrunedMLP:
-    """Keeps the best channels and folds the rest, regressed on them, into the down-projection.
+def eliminate(
+    arrays: Mapping[str, Array], moments: GramMoments, tokens: int, keep: int, damping: float
+) -> Int[np.ndarray, " keep"]:
+    """The channels left when those that the others replace best leave one by one, ascending (docs/method.md 6.1)."""
+    down = to_solver(arrays["down_proj"])
+    inverse = inverse_moment(moments, tokens, damping, "down_bias" in arrays)
+    left = eliminate_channels(inverse, down, jnp.asarray(len(down) - keep, jnp.int32))
+    return np.flatnonzero(np.asarray(left.stays))
+
+
+def fuse_mlp(
+    arrays: Mapping[str, Array], moments: GramMoments, tokens: int, kept: Int[np.ndarray, " keep"], damping: float
+) -> PrunedMLP:
+    """Keeps some channels and folds the rest, regressed on them, into the down-projection.
 
     Args:
         arrays: the module's weights by name (`up_proj` [hidden, inner], ...).
         moments: of the down-projection's input.
         tokens: how many tokens the moments sum over.
-        keep: number of channels that stay.
+        kept: channels that stay, ascending.
         damping: relative ridge damping.
     """
     gram, total, down = to_solver(moments.gram), to_solver(moments.total), to_solver(arrays["down_proj"])
-    kept = select_channels(gram, down, keep)
     bias = to_solver(arrays["down_bias"]) if "down_bias" in arrays else None
     new, error, indefinite = _fold(gram, total, down, bias, kept, float(tokens), damping)
     new |= {name: arrays[name][..., kept] for name in arrays if not name.startswith("down")}

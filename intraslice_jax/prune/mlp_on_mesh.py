@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from intraslice_jax.calibrate.statistics import GramMoments
-from intraslice_jax.errors import RunError
+from intraslice_jax.errors import InputError, RunError
 from intraslice_jax.parallel.linalg import cholesky_solve
 from intraslice_jax.parallel.placement import mesh_of, replicated, to_host
 from intraslice_jax.prune.linalg import centred
@@ -23,7 +23,7 @@ _PRODUCT = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def fuse_mlp_on_mesh(
-    arrays: Mapping[str, Array], moments: GramMoments, tokens: int, keep: int, damping: float
+    arrays: Mapping[str, Array], moments: GramMoments, tokens: int, keep: int, damping: float, selection: str
 ) -> PrunedMLP:
     """`intraslice_jax.prune.mlp.fuse_mlp` by all devices together, in float32 with iterative refinement.
 
@@ -33,13 +33,20 @@ def fuse_mlp_on_mesh(
         tokens: how many tokens the moments sum over.
         keep: number of channels that stay.
         damping: relative ridge damping.
+        selection: as in `intraslice_jax.config.PruneConfig`.
 
     Raises:
+        InputError: the selection needs the whole Gram matrix in one place.
         RunError: the damped Gram matrix is not positive definite.
     """
     mesh = mesh_of(moments.gram)
     if mesh is None:
         raise TypeError("the moments are on one device; use fuse_mlp")
+    if selection != "energy":
+        raise InputError(
+            f"selection {selection} needs the Gram matrix of {len(arrays['down_proj'])} channels on one device, where "
+            "it does not fit; use selection energy"
+        )
     down = np.asarray(arrays["down_proj"]).astype(np.float32)
     bias = np.asarray(arrays["down_bias"]).astype(np.float32) if "down_bias" in arrays else None
     energies = to_host(_diagonal(moments.gram)).astype(np.float64)

@@ -4,30 +4,39 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from intraslice_jax.config import LayerShape, ModelConfig, PruneConfig
+from intraslice_jax.config import LayerShape, PruneConfig
+from intraslice_jax.environment import StageClock
 from intraslice_jax.errors import InputError
 from intraslice_jax.model import LanguageModel, on_mesh
 from intraslice_jax.models.decoder import block_from_arrays, decoder_from_arrays, decoder_to_arrays
-from intraslice_jax.parallel.distributed import agree, from_first
+from intraslice_jax.parallel.distributed import agree
 from intraslice_jax.parallel.mesh import ways
 from intraslice_jax.parallel.placement import gathered, mesh_of, put_weights
-from intraslice_jax.parallel.rules import RULES
 from intraslice_jax.prune.biases import with_output_biases
 from intraslice_jax.prune.budget import LayerRatios, Ledger
-from intraslice_jax.prune.calibration import AttentionCalibration, MLPCalibration, ResidualStream, check_weights
+from intraslice_jax.prune.calibration import (
+    AttentionCalibration,
+    MLPCalibration,
+    ResidualStream,
+    batch_size,
+    check_weights,
+    replace,
+)
 from intraslice_jax.prune.estimators import estimate_ratios
+from intraslice_jax.prune.intraslice import IntraSlice
 from intraslice_jax.prune.method import PruningMethod
 from intraslice_jax.prune.methods import create_method
+from intraslice_jax.prune.shapes import layer_changes
+from intraslice_jax.prune.uniform import UniformLayout, plan_uniform_layout
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,7 @@ def prune_model(
         InputError: the windows or the configuration do not fit the model, or a weight is not finite.
         RunError: an activation or a second moment is not finite.
     """
-    started = time.monotonic()
+    clock = StageClock()
     method = create_method(config.method)
     _check_windows(model, windows)
     mesh = mesh or mesh_of(model.decoder)
@@ -86,15 +95,20 @@ def prune_model(
         model = on_mesh(with_output_biases(model), mesh)
     with jax.default_matmul_precision("highest"):
         ratios = ratios or estimate_ratios(model, windows, config, on_batch)
-        estimated = time.monotonic()
-        batch_size = _batch_size(model.config, windows.shape, config, ways(mesh))
-        stream = ResidualStream.start(model, windows, batch_size)
-        blocks, records = _prune_layers(model, stream, method, ratios, config, on_layer)
+        clock.finish("ratios")
+        batch = batch_size(model.config, windows.shape, config, ways(mesh))
+        layout = None
+        if config.layout == "uniform":
+            layout = plan_uniform_layout(model, ResidualStream.start(model, windows, batch), ratios, config)
+            method = IntraSlice(layout)
+        stream = ResidualStream.start(model, windows, batch)
+        blocks, records = _prune_layers(model, stream, method, ratios, config, on_layer, layout)
     arrays = {k: v for k, v in decoder_to_arrays(model.decoder).items() if not k.startswith("layers.")}
     for i, block in enumerate(blocks):
         arrays |= {f"layers.{i}.{name}": array for name, array in block.arrays.items()}
     pruned = model.config.with_layers(tuple(block.shape for block in blocks))
     arrays = arrays if mesh is None else put_weights(arrays, mesh)
+    clock.finish("layers")
     report = {
         "sparsity": config.sparsity,
         "method": config.method,
@@ -108,7 +122,8 @@ def prune_model(
         "solver_dtype": "float64",
         "ratios": dataclasses.asdict(ratios),
         "layers": [dataclasses.asdict(record) for record in records],
-        "stages": {"ratios_seconds": estimated - started, "layers_seconds": time.monotonic() - estimated},
+        **layer_changes(dense, pruned),
+        "stages": clock.stages,
     }
     return dataclasses.replace(model, config=pruned, decoder=decoder_from_arrays(pruned, arrays), report=report)
 
@@ -127,6 +142,7 @@ def _prune_layers(
     ratios: LayerRatios,
     config: PruneConfig,
     on_layer: Callable[[LayerRecord], None] | None,
+    layout: UniformLayout | None,
 ) -> tuple[list[PrunedBlock], list[LayerRecord]]:
     ledger = Ledger(model.config, ratios, config.align, config.max_ratio)
     blocks: list[PrunedBlock] = []
@@ -143,13 +159,13 @@ def _prune_layers(
         )
         agree(f"{attention.shape} {attention.heads}", f"layer {i}, attention")
         ledger.attention_done(i, attention.shape)
-        arrays = _replace(arrays, "attention", attention.arrays, stream.mesh)
+        arrays = replace(arrays, "attention", attention.arrays, stream.mesh)
 
-        width = ledger.mlp_width(i)
+        width = ledger.mlp_width(i) if layout is None else layout.intermediate_size
         calibration = MLPCalibration.run(i, model.config, attention.shape, arrays, stream, config)
         mlp = method.prune_mlp(calibration, width)
         agree(f"{None if mlp.channels is None else list(mlp.channels)}", f"layer {i}, MLP")
-        arrays = _replace(arrays, "mlp", mlp.arrays, stream.mesh)
+        arrays = replace(arrays, "mlp", mlp.arrays, stream.mesh)
 
         shape = dataclasses.replace(attention.shape, intermediate_size=width)
         stream.batches = calibration.outputs(block_from_arrays(model.config, shape, arrays), mlp.channels)
@@ -170,17 +186,9 @@ def _prune_layers(
         records.append(record)
         if on_layer is not None:
             on_layer(record)
-    ledger.check()
+    if layout is None:
+        ledger.check()  # a layout was checked as a whole
     return blocks, records
-
-
-def _replace(arrays: Mapping[str, Array], module: str, new: Mapping[str, Array], mesh: Mesh | None) -> dict[str, Array]:
-    """The block's arrays with one module's exchanged, in the dtypes they had."""
-    cast = {
-        f"{module}.{name}": jnp.asarray(np.asarray(array).astype(arrays[f"{module}.{name}"].dtype))
-        for name, array in new.items()
-    }
-    return {**arrays, **(cast if mesh is None else put_weights(from_first(cast), mesh, RULES.in_use(), quiet=True))}
 
 
 def _check_windows(model: LanguageModel, windows: np.ndarray) -> None:
@@ -199,16 +207,3 @@ def _check_windows(model: LanguageModel, windows: np.ndarray) -> None:
     for token in (windows.max(), windows.min()):
         if not 0 <= token < model.config.vocab_size:
             raise InputError(f"calibration holds token {token}, the vocabulary has {model.config.vocab_size}")
-
-
-def _batch_size(model: ModelConfig, shape: tuple[int, ...], config: PruneConfig, ways: int) -> int:
-    """The largest divisor of the windows of each of `ways` device rows whose activations fit the memory budget."""
-    samples, seq = shape
-    samples = max(1, samples // ways)
-    wanted = -(-config.batch_size // ways)
-    if not wanted:
-        widest = max(model.layers, key=lambda layer: layer.intermediate_size)
-        per_token = 8 * model.hidden_size + 4 * widest.intermediate_size
-        scores = 2 * widest.num_attention_heads * max(128, seq // 8)
-        wanted = config.memory_budget // (4 * seq * (per_token + scores))
-    return max(size for size in range(1, max(1, min(wanted, samples)) + 1) if samples % size == 0)

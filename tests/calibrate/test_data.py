@@ -1,4 +1,6 @@
 import dataclasses
+import gzip
+import json
 import logging
 import random
 
@@ -16,6 +18,7 @@ from intraslice_jax.calibrate.data import (
     sample_windows,
     text_hash,
 )
+from intraslice_jax.calibrate.sources import read_evaluation, read_sources
 from intraslice_jax.errors import InputError
 from tests.tiny import write_json, write_tokenizer
 
@@ -33,6 +36,16 @@ def jsonl(tmp_path):
     (folder / "train.jsonl").write_text('{"text": "one", "n": 1}\n{"text": "two é", "n": 2}\n', encoding="utf-8")
     (folder / "test.jsonl").write_text('{"text": "three", "n": 3}\n', encoding="utf-8")
     return str(folder)
+
+
+def write_table(path, **columns):
+    path.parent.mkdir(parents=True)
+    datasets.Dataset.from_dict(columns).to_parquet(path)
+
+
+def write_gzip(path, documents):
+    path.parent.mkdir(parents=True)
+    path.write_bytes(gzip.compress("".join(json.dumps({"text": d}) + "\n" for d in documents).encode()))
 
 
 class TestFiles:
@@ -137,6 +150,43 @@ class TestDataSets:
         assert read_dataset("wikitext2") == "B"
         with pytest.raises(InputError, match="takes no configuration"):
             read_dataset("wikitext2", "wikitext-103-raw-v1")
+
+    def test_a_local_copy_in_the_hubs_layout(self, tmp_path):
+        card = "---\nconfigs:\n- config_name: wikitext-2-raw-v1\n  data_files:\n"
+        card += "  - split: test\n    path: wikitext-2-raw-v1/test-*\n---\n"
+        copies = {name: tmp_path / name for name in data.KNOWN}
+        for folder in copies.values():
+            folder.mkdir()
+        (copies["wikitext2"] / "README.md").write_text(card)
+        write_table(copies["wikitext2"] / "wikitext-2-raw-v1/test-00000-of-00001.parquet", text=["", " = A = \n", "b"])
+        write_gzip(copies["c4"] / "en/c4-validation.00000-of-00008.json.gz", [str(i) for i in range(1200)])
+        write_table(copies["ptb"] / "penn_treebank/test/0000.parquet", sentence=["no it was n't", "<unk> N"])
+        write_table(copies["alpaca"] / "data/train-00000-of-00001-a.parquet", text=["Below is", "an"], output=["", ""])
+        wanted = {
+            "wikitext2": "\n\n = A = \n\n\nb",
+            "c4": " ".join(map(str, range(1100))),
+            "ptb": "no it was n't <unk> N",
+            "alpaca": "Below is\n\nan",
+        }
+        for name, folder in copies.items():
+            found = read_evaluation((), f"{name}@{folder}", None, "text", None)
+            assert (found.name, found.text) == (name, wanted[name])
+            assert found.windows == (256 if name == "c4" else None)
+            assert read_sources([f"{name}@{folder}"], data.KNOWN[name].evaluation_split, "text", "-") == wanted[name]
+        assert read_evaluation((), f"c4@{copies['c4']}", None, "text", 7).windows == 7
+
+    def test_a_local_copy_that_is_none(self, tmp_path):
+        with pytest.raises(InputError, match=r"wikitext2@.*there is no such folder; expected a copy of Salesforce"):
+            read_evaluation((), f"wikitext2@{tmp_path / 'none'}", None, "text", None)
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(InputError, match="ptb, split test: "):
+            read_evaluation((), f"ptb@{tmp_path / 'empty'}", None, "text", None)
+
+    def test_without_a_network_a_known_name_says_what_to_copy(self):
+        with pytest.raises(InputError, match=r"cannot be downloaded.*a copy of allenai/c4 as c4@FOLDER"):
+            read_dataset("c4", split=None)
+        with pytest.raises(InputError, match=r"cannot be downloaded.*short names are wikitext2, c4, ptb, alpaca"):
+            read_dataset("qqq/zzz")
 
     def test_short_names_with_files_and_a_limit(self, tmp_path, monkeypatch):
         (tmp_path / "en").mkdir()

@@ -10,12 +10,14 @@ from intraslice_jax.models.decoder import block_from_arrays, decoder_to_arrays
 from intraslice_jax.prune.attention import (
     AttentionPlan,
     HeadEnergies,
+    effective_bases,
     head_blocks,
     plan_heads,
     plan_widths,
     product_bases,
     select_pairs,
     sum_groups,
+    unexplained_blocks,
 )
 from intraslice_jax.prune.attention import value_bases as value_bases_of
 from intraslice_jax.prune.calibration import AttentionCalibration, ResidualStream
@@ -249,3 +251,55 @@ def test_constant_text():
     np.testing.assert_allclose(run_attention(model, block, x), wanted, atol=0.01 * np.abs(wanted).max())
     assert pruned.relative_error < 1e-3
     assert all(np.isfinite(np.asarray(a)).all() for a in pruned.arrays.values())
+
+
+@pytest.mark.parametrize("groups", [[[0], [1]], [[0, 1, 2], [3]]])
+def test_effective_bases_lose_least_of_the_output(groups):
+    rng = np.random.default_rng(0)
+    to_kv = np.asarray([kv for kv, members in enumerate(groups) for _ in members])
+    heads, v, width = len(to_kv), 8, 4
+    y = rng.standard_normal((200, heads, v)) * np.exp(rng.standard_normal((1, heads, v)))
+    o_proj = rng.standard_normal((heads, v, 16)) * np.exp(2 * rng.standard_normal((heads, v, 1)))
+
+    def lost(bases):
+        """Squared error of every head's share of the output, regressed on its projected channels."""
+        errors = np.zeros(len(groups))
+        for h, kv in enumerate(to_kv):
+            z, target = y[:, h] @ bases[kv], y[:, h] @ o_proj[h]
+            errors[kv] += np.square(target - z @ np.linalg.lstsq(z, target, rcond=None)[0]).sum()
+        return errors
+
+    with solver_precision():
+        blocks = jnp.asarray(np.einsum("nhv,nhw->hvw", y, y))
+        bases = np.asarray(effective_bases(blocks, jnp.asarray(o_proj), jnp.asarray(to_kv), len(groups), width))
+        plain = np.asarray(value_bases_of(sum_groups(blocks, to_kv, len(groups)), width))
+    np.testing.assert_allclose(bases.swapaxes(1, 2) @ bases, np.tile(np.eye(width), (len(groups), 1, 1)), atol=1e-10)
+    assert (lost(bases) < 0.9 * lost(plain)).all()
+    for kv, members in enumerate(groups):
+        if len(members) == 1:  # nothing of this rank is better than the truncated SVD of the share itself
+            share = y[:, members[0]] @ o_proj[members[0]]
+            best = np.square(np.linalg.svd(share)[1][width:]).sum()
+            assert lost(bases)[kv] == pytest.approx(best, rel=1e-9)
+
+
+@pytest.mark.parametrize("flavour", ["mha", "gqa", "biases"])
+def test_the_output_metric_lowers_the_error_of_the_module(flavour):
+    errors = {}
+    for basis in ("activations", "outputs"):
+        model = make(flavour)
+        stream = ResidualStream.start(model, windows(), 2)
+        shape, block = model.config.layers[0], model.decoder.layers[0]
+        config = PruneConfig(value_basis=basis)
+        layer = AttentionCalibration(0, block, shape, stream, config, model.config, (0, 10**9))
+        errors[basis] = IntraSlice().prune_attention(layer, 0.4).relative_error
+    assert errors["outputs"] < errors["activations"]
+
+
+def test_unexplained_blocks_are_the_moments_of_residuals():
+    y = np.random.default_rng(0).standard_normal((300, 12)) @ np.random.default_rng(1).standard_normal((12, 12))
+    with solver_precision():
+        blocks = np.asarray(unexplained_blocks(jnp.asarray(y.T @ y), 3, 0.0))
+    for h in range(3):
+        own, others = np.split(np.roll(y, -4 * h, 1), [4], 1)
+        residual = own - others @ np.linalg.lstsq(others, own, rcond=None)[0]
+        np.testing.assert_allclose(blocks[h], residual.T @ residual, rtol=1e-2, atol=1e-2 * np.abs(blocks[h]).max())

@@ -13,6 +13,7 @@ from intraslice_jax.config import LayerShape, PruneConfig
 from intraslice_jax.errors import InputError
 from intraslice_jax.evaluate.perplexity import perplexity
 from intraslice_jax.models.decoder import decoder_to_arrays
+from intraslice_jax.prune import elimination
 from intraslice_jax.prune.baselines import heads, obs, slicegpt
 from intraslice_jax.prune.biases import with_output_biases
 from intraslice_jax.prune.linalg import solver_precision
@@ -190,8 +191,8 @@ def test_obs_on_channels_is_exact_backward_elimination(channels, count):
     x, w = activations(rng, 200, channels), rng.standard_normal((channels, 7))
     kept, expected = brute_force(x, w, [[j] for j in range(channels)], 0.01, count)
     with solver_precision():
-        inverse = obs.inverse_moment(moments(x), len(x), 0.01, affine=False)
-        left = obs.eliminate_channels(inverse, jnp.asarray(w), jnp.asarray(count, jnp.int32))
+        inverse = elimination.inverse_moment(moments(x), len(x), 0.01, affine=False)
+        left = elimination.eliminate_channels(inverse, jnp.asarray(w), jnp.asarray(count, jnp.int32))
         assert np.flatnonzero(np.asarray(left.stays)).tolist() == kept
         np.testing.assert_allclose(np.asarray(left.weights), expected, rtol=1e-3, atol=1e-4)
 
@@ -203,7 +204,7 @@ def test_obs_on_heads_is_exact_backward_elimination(query_to_kv):
     shape = LayerShape(query_to_kv, 8, 8, 3, 16)
     for ratio in (0.2, 0.45, 0.7, 0.99):
         with solver_precision():
-            inverse = obs.inverse_moment(moments(x), len(x), 0.01, affine=False)
+            inverse = elimination.inverse_moment(moments(x), len(x), 0.01, affine=False)
             kept, new = obs.eliminate_heads(inverse, jnp.asarray(w), shape, ratio)
             new = np.asarray(new)
         groups = np.arange(12).reshape(4, 3).tolist()
@@ -218,11 +219,11 @@ def test_obs_of_channels_that_never_fire_removes_them_first():
     x[:, [2, 7]] = 0
     for damping in (0.0, 0.01):
         with solver_precision():
-            inverse = obs.inverse_moment(moments(x), len(x), damping, affine=False)
-            left = obs.eliminate_channels(inverse, jnp.asarray(w), jnp.asarray(2, jnp.int32))
+            inverse = elimination.inverse_moment(moments(x), len(x), damping, affine=False)
+            left = elimination.eliminate_channels(inverse, jnp.asarray(w), jnp.asarray(2, jnp.int32))
             assert np.flatnonzero(~np.asarray(left.stays)).tolist() == [2, 7]
-            silent = obs.inverse_moment(moments(0 * x), len(x), damping, affine=True)
-            left = obs.eliminate_channels(silent, jnp.asarray(w), jnp.asarray(3, jnp.int32))
+            silent = elimination.inverse_moment(moments(0 * x), len(x), damping, affine=True)
+            left = elimination.eliminate_channels(silent, jnp.asarray(w), jnp.asarray(3, jnp.int32))
             assert int(left.stays.sum()) == 7
             assert np.isfinite(np.asarray(left.weights)).all()
 

@@ -9,9 +9,9 @@ from intraslice_jax.models.decoder import Decoder, decoder_to_arrays
 from intraslice_jax.prune.calibration import MLPCalibration, ResidualStream
 from intraslice_jax.prune.intraslice import IntraSlice
 from intraslice_jax.prune.iterative import IterativeSettings, learn_mixtures
-from intraslice_jax.prune.linalg import solver_precision
+from intraslice_jax.prune.linalg import solver_precision, to_solver
 from intraslice_jax.prune.mixtures import better_mlp
-from intraslice_jax.prune.mlp import fuse_mlp
+from intraslice_jax.prune.mlp import fuse_mlp, select_channels
 from intraslice_jax.prune.pipeline import prune_model
 
 HIDDEN, INNER, KEEP = 16, 32, 16
@@ -49,6 +49,12 @@ def calibrated(dense, tokens):
     return MLPCalibration.run(0, dense.config, shape, decoder_to_arrays(block), stream, PruneConfig())
 
 
+def selected(layer, damping):
+    with solver_precision():
+        kept = select_channels(to_solver(layer.moments.gram), to_solver(layer.arrays["down_proj"]), KEEP)
+        return fuse_mlp(layer.arrays, layer.moments, layer.tokens, kept, damping)
+
+
 def with_mlp(dense, arrays):
     for name, array in arrays.items():
         getattr(dense.decoder.layers[0].mlp, name)[...] = array
@@ -59,8 +65,7 @@ def test_mixtures_merge_what_selection_must_drop():
     rng = np.random.default_rng(0)
     arrays = mergeable_mlp(rng)
     layer = calibrated(with_mlp(model(1), arrays), windows(16))
-    with solver_precision():
-        plain = fuse_mlp(layer.arrays, layer.moments, layer.tokens, KEEP, 1e-4)
+    plain = selected(layer, 1e-4)
     better = better_mlp(layer, plain, KEEP, STRONG)
     note = better.notes["iterative"]
     assert note["accepted"]
@@ -93,8 +98,7 @@ def test_best_channels_stay_and_losses_fall_in_every_block():
 
 def test_selection_stays_where_mixtures_are_not_better():
     layer = calibrated(model(1), windows())
-    with solver_precision():
-        plain = fuse_mlp(layer.arrays, layer.moments, layer.tokens, KEEP, 0.01)
+    plain = selected(layer, 0.01)
     kept = better_mlp(layer, plain, KEEP, IterativeSettings(epochs=1, learning_rate=3.0))  # diverges
     assert not kept.notes["iterative"]["accepted"]
     assert kept.arrays is plain.arrays
@@ -102,8 +106,7 @@ def test_selection_stays_where_mixtures_are_not_better():
 
 def test_one_window_cannot_be_split():
     layer = calibrated(model(1), windows(1))
-    with solver_precision():
-        plain = fuse_mlp(layer.arrays, layer.moments, layer.tokens, KEEP, 0.01)
+    plain = selected(layer, 0.01)
     kept = better_mlp(layer, plain, KEEP, IterativeSettings())
     assert "split" in kept.notes["iterative"]["reason"]
 

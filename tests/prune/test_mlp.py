@@ -12,6 +12,7 @@ from intraslice_jax.models.decoder import block_from_arrays, decoder_to_arrays
 from intraslice_jax.prune.calibration import MLPCalibration, ResidualStream
 from intraslice_jax.prune.intraslice import IntraSlice
 from intraslice_jax.prune.mlp import select_channels
+from intraslice_jax.prune.pipeline import prune_model
 from tests.prune import reference
 from tests.prune.flavours import make, windows, with_arrays
 
@@ -130,3 +131,14 @@ def test_a_bfloat16_module_is_solved_in_float64():
     pruned, block, *_ = prune_first_mlp(model, 16)
     assert np.asarray(pruned.arrays["down_proj"]).dtype == np.float64
     assert block.mlp.down_proj[...].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("flavour", ["gqa", "phi"])
+def test_elimination_chooses_better_than_energy(flavour):
+    model, tokens = make(flavour), windows()
+    errors = {}
+    for selection in ("energy", "obs"):
+        config = PruneConfig(0.4, align=2, selection=selection)
+        pruned = prune_model(model, tokens, config)
+        errors[selection] = pruned.report["layers"][0]["mlp_error"]
+    assert errors["obs"] < errors["energy"]

@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from intraslice_jax.calibrate.statistics import GramMoments
 from intraslice_jax.config import LayerShape
 from intraslice_jax.prune.baselines.channels import keep_channels
 from intraslice_jax.prune.baselines.heads import keep_heads, nearer
 from intraslice_jax.prune.baselines.moments import attention_moments
 from intraslice_jax.prune.calibration import AttentionCalibration, MLPCalibration
-from intraslice_jax.prune.linalg import centred, damped, solve_gram, solver_precision, to_solver
+from intraslice_jax.prune.elimination import eliminate_channels, inverse_moment
+from intraslice_jax.prune.linalg import solver_precision, to_solver
 from intraslice_jax.prune.method import PrunedAttention, PrunedMLP
-
-_BLOCK = 32
-"""Eliminations that are kept as factors before they are multiplied into the matrices."""
-
-_LEAST_DAMPING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -52,19 +46,6 @@ class OBS:
             inverse = inverse_moment(layer.moments, layer.tokens, layer.config.damping, affine)
             left = eliminate_channels(inverse, to_solver(down), jnp.asarray(len(down) - keep, jnp.int32))
             return keep_channels(layer, np.asarray(left.stays), down_proj=left.weights, fill_bias=affine)
-
-
-def inverse_moment(
-    moments: GramMoments, tokens: int, damping: float, affine: bool
-) -> Float[Array, "channels channels"]:
-    """Inverse of the damped second moment, about the mean if `affine`; float64."""
-    gram = to_solver(moments.gram)
-    if affine:
-        total = to_solver(moments.total)
-        gram = centred(gram, total, total, tokens)
-    identity = jnp.eye(len(gram), dtype=gram.dtype)
-    # Channels that never fire must not make it singular, not even all of them.
-    return solve_gram(damped(gram, max(damping, _LEAST_DAMPING)) + 1e-30 * identity, identity).weights
 
 
 def eliminate_heads(
@@ -111,70 +92,3 @@ def _remove_head(
     columns = jax.lax.linalg.triangular_solve(factor, columns.T, left_side=True, lower=True)
     rows = jax.lax.linalg.triangular_solve(factor, weights[head], left_side=True, lower=True)
     return inverse - (columns.T @ columns).reshape(inverse.shape), weights - (columns.T @ rows).reshape(weights.shape)
-
-
-class Eliminated(NamedTuple):
-    """Weights after an elimination and which of their rows stay."""
-
-    weights: Float[Array, "channels hidden"]
-    stays: Bool[Array, " channels"]
-
-
-class _Block(NamedTuple):
-    """Eliminations since the matrices were last updated: H^-1 - columns columns^T, W - columns rows."""
-
-    columns: Float[Array, "channels block"]
-    rows: Float[Array, "block hidden"]
-    diagonal: Float[Array, " channels"]
-    norms: Float[Array, " channels"]
-    stays: Bool[Array, " channels"]
-
-
-@jax.jit
-def eliminate_channels(
-    inverse: Float[Array, "channels channels"], weights: Float[Array, "channels hidden"], count: Int[Array, ""]
-) -> Eliminated:
-    """Removes `count` channels, always the one with the least ||W_j||^2 / (H^-1)_jj, in float64.
-
-    Exactly one by one, but an elimination only touches the diagonal, the row norms and its own column; the
-    matrices follow once per block.
-    """
-    tiny = jnp.finfo(weights.dtype).tiny
-
-    def block(index: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        inverse, weights, stays = state
-
-        def step(k: Array, done: _Block) -> _Block:
-            active = k < count - index * _BLOCK
-            pivot = jnp.argmin(jnp.where(done.stays, done.norms / done.diagonal, jnp.inf))
-            column = inverse[pivot] - done.columns @ done.columns[pivot]
-            row = weights[pivot] - done.columns[pivot] @ done.rows
-            # A step beyond the count multiplies by zero and so changes nothing.
-            scale = jnp.where(active, jax.lax.rsqrt(jnp.maximum(column[pivot], tiny)), 0.0)
-            column, row = column * scale, row * scale
-            overlap = weights @ row - done.columns @ (done.rows @ row)
-            norms = done.norms - 2 * column * overlap + jnp.square(column) * jnp.sum(jnp.square(row))
-            return _Block(
-                done.columns.at[:, k].set(column),
-                done.rows.at[k].set(row),
-                jnp.maximum(done.diagonal - jnp.square(column), tiny),
-                jnp.maximum(norms, 0.0),
-                done.stays & ((jnp.arange(len(weights)) != pivot) | ~active),
-            )
-
-        channels, hidden = weights.shape
-        start = _Block(
-            jnp.zeros((channels, _BLOCK), weights.dtype),
-            jnp.zeros((_BLOCK, hidden), weights.dtype),
-            jnp.maximum(jnp.diagonal(inverse), tiny),
-            jnp.square(weights).sum(1),
-            stays,
-        )
-        done = jax.lax.fori_loop(0, _BLOCK, step, start)
-        inverse = inverse - done.columns @ done.columns.T
-        return inverse, weights - done.columns @ done.rows, done.stays
-
-    stays = jnp.ones(len(weights), bool)
-    blocks = (count + _BLOCK - 1) // _BLOCK
-    _, weights, stays = jax.lax.fori_loop(0, blocks, block, (inverse, weights, stays))
-    return Eliminated(jnp.where(stays[:, None], weights, 0.0), stays)

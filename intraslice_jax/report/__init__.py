@@ -1,0 +1,1 @@
+"""What a run did, as one HTML page with pictures; and several runs side by side."""

@@ -1,0 +1,160 @@
+"""The page of one run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from intraslice_jax.commands._output import gibibytes, number, percent
+from intraslice_jax.progress import duration
+from intraslice_jax.report import page
+from intraslice_jax.report.run import Run, TaskScore, read_run
+from intraslice_jax.report.write import draw, write_page
+
+CAPTIONS = {
+    "ratios": "What each layer lost of its attention and MLP parameters; dotted: what was asked of its channels.",
+    "heads": "Which query heads stayed.",
+    "spectra": "Spectrum of the values in each layer, mean over its KV heads, and where it was cut.",
+    "spectra-by-layer": "The same for some layers, KV head by KV head.",
+    "errors": "Error that each module's output has on the calibration text, relative to its energy.",
+    "time": "Seconds that each layer took; the first of each shape are compiled.",
+}
+
+
+def write_report(folder: str | Path, into: str | Path | None = None) -> bool:
+    """Writes `report.html` and `pictures/*.png` of a run.
+
+    Args:
+        folder: the run's.
+        into: another folder for the page, None for the run's own.
+
+    Returns:
+        False if matplotlib is not installed; then the page has its tables and no pictures.
+
+    Raises:
+        InputError: the folder is no run.
+    """
+    run = read_run(folder)
+    images = draw(run.report)
+    write_page(folder if into is None else into, run_page(run, images or {}), images or {})
+    return images is not None
+
+
+def run_page(run: Run, images: Mapping[str, bytes]) -> str:
+    """The HTML of a run, its pictures inside."""
+    report = run.report
+    title = f"{_model(report)}, pruned by {report.get('method', 'intraslice')}"
+    parts = [page.heading(title, 1), page.paragraph(_calibration(report), "note"), page.cards(_cards(run))]
+    if run.perplexities:
+        parts += [page.heading("Perplexity"), page.table(perplexity_rows(run))]
+    if run.tasks:
+        parts += [page.heading("Tasks"), page.table(task_rows(run.tasks))]
+    parts += [page.heading("Layers"), page.pictures(images, CAPTIONS)]
+    parts += [page.folded("Every layer in numbers", page.table(_layer_rows(report)))]
+    parts += [page.heading("Time and memory"), page.table(_stage_rows(report))]
+    if "command" in report:
+        parts += [page.heading("The same again"), page.code(report["command"])]
+    settings = json.dumps(report.get("settings", {}), indent=2)
+    parts += [page.folded("All settings", page.code(settings))]
+    parts += [page.folded("Versions", page.table([["", "version"], *map(list, report.get("versions", {}).items())]))]
+    return page.page(title, parts)
+
+
+def perplexity_rows(run: Run) -> list[list[str]]:
+    """A line per text."""
+    rows = [["text", "length", "tokens", "dense", "pruned", ""]]
+    for found in run.perplexities:
+        dense, pruned = ("-" if value is None else f"{value:.3f}" for value in (found.dense, found.pruned))
+        times = f"x {found.pruned / found.dense:.3f}" if found.dense and found.pruned else ""
+        rows.append([found.text, number(found.sequence_length), number(found.evaluated_tokens), dense, pruned, times])
+    return rows
+
+
+def task_rows(tasks: list[TaskScore]) -> list[list[str]]:
+    """A line per metric."""
+
+    def cells(value: tuple[float, float | None, int | None] | None) -> list[str]:
+        if value is None:
+            return ["-", ""]
+        score, error, items = value
+        return [f"{score:.4f}" + ("" if error is None else f" ± {error:.4f}"), "" if items is None else str(items)]
+
+    rows = [["task", "metric", "dense", "items", "pruned", "items"]]
+    return rows + [[task.task, task.metric, *cells(task.dense), *cells(task.pruned)] for task in tasks]
+
+
+def _model(report: Mapping[str, Any]) -> str:
+    return Path(str(report.get("model", "a model"))).name
+
+
+def _calibration(report: Mapping[str, Any]) -> str:
+    samples, length = report.get("calibration_samples"), report.get("calibration_sequence_length")
+    files = report.get("settings", {}).get("calibrate", {}).get("calibration", [])
+    of = f" of {', '.join(Path(file).name for file in files)}" if files else ""
+    return f"Calibrated on {samples} windows of {length} tokens{of}. Nothing was retrained."
+
+
+def _cards(run: Run) -> dict[str, str]:
+    report = run.report
+    blocks, total = report["block_parameters"], report["total_parameters"]
+    facts = {
+        "removed from attention and MLP": percent(report["removed_block_fraction"]),
+        "removed from the whole model": percent(report["removed_model_fraction"]),
+        "parameters": f"{_short(total['dense'])} → {_short(total['pruned'])}",
+        "of them in attention and MLP": f"{_short(blocks['dense'])} → {_short(blocks['pruned'])}",
+    }
+    for found in run.perplexities[:1]:
+        if found.dense is not None and found.pruned is not None:
+            facts[f"perplexity, {found.text}"] = f"{found.dense:.2f} → {found.pruned:.2f}"
+    if "seconds" in report:
+        facts["time"] = duration(report["seconds"])
+    if "peak_rss_bytes" in report:
+        facts["peak memory"] = gibibytes(report["peak_rss_bytes"])
+    return facts
+
+
+def _short(count: int) -> str:
+    """134515008 as 134.5M."""
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if count >= size:
+            return f"{count / size:.1f}{unit}"
+    return str(count)
+
+
+def _layer_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    head = ["layer", "heads", "KV heads", "query/key width", "value width", "MLP width"]
+    rows = [[*head, "attention removed", "MLP removed", "attention error", "MLP error", "solvers", "seconds"]]
+    removed = report["removed_by_layer"]
+    for i, (layer, dense) in enumerate(zip(report["layers"], report["dense_layers"], strict=True)):
+        groups = dense["query_to_kv"]
+        widths = [
+            (layer["query_heads"], len(groups)),
+            (layer["kv_heads"], groups[-1] + 1),
+            (layer["qk_head_dim"], dense["qk_head_dim"]),
+            (layer["v_head_dim"], dense["v_head_dim"]),
+            (layer["intermediate_size"], dense["intermediate_size"]),
+        ]
+        solvers = dict.fromkeys(layer["notes"].get(name, {}).get("solver", "-") for name in ("attention", "mlp"))
+        rows.append(
+            [
+                str(layer["layer"]),
+                *(f"{kept} of {full}" for kept, full in widths),
+                *(percent(removed[name][i]) for name in ("attention", "mlp")),
+                *(f"{layer[f'{name}_error']:.4f}" for name in ("attention", "mlp")),
+                ", ".join(solvers),
+                f"{layer['seconds']:.1f}",
+            ]
+        )
+    return rows
+
+
+def _stage_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    stages = report["stages"]
+    device = any("peak_device_bytes" in stage for stage in stages)
+    rows = [["stage", "time", "peak memory so far", *(["of the device"] if device else [])]]
+    for stage in stages:
+        on_device = [gibibytes(stage.get("peak_device_bytes", 0))] if device else []
+        rows.append([stage["stage"], duration(stage["seconds"]), gibibytes(stage["peak_rss_bytes"]), *on_device])
+    return rows

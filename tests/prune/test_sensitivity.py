@@ -1,0 +1,83 @@
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from intraslice_jax.config import PruneConfig
+from intraslice_jax.errors import InputError
+from intraslice_jax.models.decoder import decoder_from_arrays, decoder_to_arrays
+from intraslice_jax.prune.allocation import allocate_by_cost, modules
+from intraslice_jax.prune.estimators import estimate_ratios
+from intraslice_jax.prune.pipeline import prune_model
+from intraslice_jax.prune.sensitivity import divergences
+from tests.prune.flavours import make, windows, with_arrays
+
+ALONE = PruneConfig(0.4, align=2, ratios="kl", iterative="never")
+
+
+def log_softmax(logits):
+    logits = np.asarray(logits, np.float64)
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize("flavour", ["gqa", "phi"])
+def test_divergence_is_that_of_the_model_with_one_module_pruned(flavour):
+    model, tokens = make(flavour), windows(17)
+    found = divergences(model, tokens, ALONE)
+    dense = log_softmax(model.decoder(jnp.asarray(tokens[16:])))
+    whole = prune_model(model, tokens[:16], dataclasses.replace(ALONE, ratios="uniform"))
+    layer = 0  # its attention is the only module that sees the same text in a whole run
+    arrays = decoder_to_arrays(model.decoder) | {
+        name: array
+        for name, array in decoder_to_arrays(whole.decoder).items()
+        if name.startswith(f"layers.{layer}.attention")
+    }
+    shape = dataclasses.replace(whole.config.layers[0], intermediate_size=model.config.layers[0].intermediate_size)
+    config = model.config.with_layers((shape, *model.config.layers[1:]))
+    pruned = log_softmax(decoder_from_arrays(config, arrays)(jnp.asarray(tokens[16:])))
+    expected = (np.exp(dense) * (dense - pruned)).sum(-1).mean()
+    assert found[0][layer] == pytest.approx(expected, rel=1e-3)
+    assert (np.concatenate(found) > 0).all()
+
+
+def test_a_layer_that_does_nothing_costs_nothing_and_goes_first():
+    model = make("gqa", layers=3)
+    nothing = np.zeros_like(np.asarray(decoder_to_arrays(model.decoder)["layers.1.mlp.down_proj"]))
+    model = with_arrays(model, layers__1__mlp__down_proj=nothing)
+    done = []
+    attention, mlp = divergences(model, windows(6), ALONE, lambda *progress: done.append(progress))
+    assert mlp[1] == pytest.approx(1e-7)
+    assert min(*attention, mlp[0], mlp[2]) > 1e-4
+    assert done == [(i + 1, 6) for i in range(6)]
+    ratios = estimate_ratios(model, windows(6), ALONE)
+    assert ratios.mlp[1] == pytest.approx(20 / 24)  # 0.9 of 24 channels, in steps of 2
+    assert ratios.sparsity(model.config) == pytest.approx(0.4, rel=1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_costs_are_minimised_within_the_budget(data):
+    layers = data.draw(st.integers(1, 5))
+    model = make("gqa", layers=layers).config
+    draw = st.lists(st.floats(1e-6, 10), min_size=layers, max_size=layers).map(np.asarray)
+    costs = data.draw(draw), data.draw(draw)
+    prune = PruneConfig(data.draw(st.floats(0.05, 0.6)), align=2)
+    ratios = allocate_by_cost(model, costs, prune)
+    assert ratios.sparsity(model) == pytest.approx(prune.sparsity, rel=1e-6)
+    kinds = modules(model, prune)
+    sizes, caps = (np.concatenate([getattr(kind, name) for kind in kinds]) for name in ("parameters", "caps"))
+    found, cost = np.concatenate([ratios.attention, ratios.mlp]), np.concatenate(costs)
+    assert (found <= caps + 1e-9).all()
+    # Where no cap cuts, a little more of one and less of another gains nothing: all marginal costs agree.
+    free = found < caps - 1e-9
+    marginal = (2 * cost * found / sizes)[free]
+    np.testing.assert_allclose(marginal, marginal.mean() if free.any() else 0, rtol=1e-6)
+
+
+def test_an_impossible_budget_says_what_is_possible():
+    with pytest.raises(InputError, match=r"sparsity 0\.95 cannot be reached: at most"):
+        estimate_ratios(make("gqa"), windows(4), dataclasses.replace(ALONE, sparsity=0.95))

@@ -1,0 +1,227 @@
+import base64
+import json
+import re
+import shlex
+import shutil
+import sys
+
+import numpy as np
+import pytest
+
+from intraslice_jax.cli import _parse, find_commands, main
+from intraslice_jax.config import LayerShape, ModelConfig
+from intraslice_jax.errors import InputError
+from intraslice_jax.prune.shapes import layer_changes
+from intraslice_jax.prune.spectra import value_spectra
+from intraslice_jax.report.run import read_run
+from intraslice_jax.settings import as_settings
+from tests.report.browser import show
+from tests.tiny import tiny_text, write_json, write_tiny_llama
+
+PNG = b"\x89PNG\r\n\x1a\n"
+PICTURES = ["errors", "heads", "ratios", "spectra", "spectra-by-layer", "time"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source")
+    write_tiny_llama(folder / "model")
+    (folder / "text.txt").write_text(tiny_text())
+    (folder / "held out.txt").write_text(tiny_text(1000, seed=5))
+    return folder
+
+
+def arguments(source, out, sparsity):
+    files = ["--calibration", str(source / "text.txt"), "--text", str(source / "held out.txt"), "--windows", "2"]
+    small = ["--samples", "4", "--sequence-length", "64", "--align", "2", "--sparsity", str(sparsity)]
+    return ["prune", str(source / "model"), "-o", str(out), *files, *small]
+
+
+@pytest.fixture(scope="module")
+def run(source):
+    out = source / "run"
+    assert main(arguments(source, out, 0.25)) == 0
+    return out
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    """The run, to be changed."""
+    return shutil.copytree(run, tmp_path / "copy")
+
+
+def test_a_run_leaves_a_page_and_its_pictures(run):
+    html = (run / "report.html").read_text()
+    inside = [base64.b64decode(data) for data in re.findall(r"data:image/png;base64,([^\"]+)", html)]
+    files = {path.stem: path.read_bytes() for path in (run / "pictures").iterdir()}
+    assert sorted(files) == PICTURES
+    assert sorted(inside) == sorted(files.values())
+    assert all(image.startswith(PNG) for image in inside)
+    report = json.loads((run / "report.json").read_text())
+    assert f"{100 * report['removed_block_fraction']:.2f} %" in html
+    found = report["texts"]["held out.txt"]
+    assert f"<td>{found['dense_perplexity']:.3f}</td><td>{found['pruned_perplexity']:.3f}</td>" in html
+    for layer in report["layers"]:
+        assert f"<td>{layer['intermediate_size']} of 64</td>" in html
+    assert [stage["stage"] for stage in report["stages"]] == ["reading", "ratios", "layers", "perplexity"]
+    assert all(stage["seconds"] > 0 and stage["peak_rss_bytes"] > 10**8 for stage in report["stages"])
+    assert "http" not in html  # nothing from elsewhere
+
+
+def test_the_perplexities_are_those_of_eval(run, source, tmp_path):
+    texts = json.loads((run / "report.json").read_text())["texts"]["held out.txt"]
+    out = tmp_path / "eval.json"
+    text = ["--text", str(source / "held out.txt"), "--windows", "2", "--sequence-length", "64"]
+    assert main(["eval", str(run), *text, "-o", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert found["perplexity"] == pytest.approx(texts["pruned_perplexity"], rel=1e-6)
+    assert (found["text_sha256"], found["text"]) == (texts["text_sha256"], "held out.txt")
+
+
+def test_the_command_gives_the_same_options(run):
+    report = json.loads((run / "report.json").read_text())
+    words = shlex.split(report["command"])
+    assert words[:2] == ["intraslice", "prune"]
+    name, options = _parse(words[1:], find_commands())
+    assert name == "prune"
+    assert as_settings(options) == report["settings"]
+    assert "--seed" not in words  # only what differs from the defaults
+
+
+def evaluation(run, which, **facts):
+    """What `eval` writes about one of the two models of a run."""
+    report = json.loads((run / "report.json").read_text())
+    counts = {"parameters": report["total_parameters"][which], "block_parameters": report["block_parameters"][which]}
+    return {**counts, "settings": {}, **facts}
+
+
+def test_results_of_eval_in_the_folder_are_taken_in(copy):
+    task = {"task": "piqa <b>", "items": 50, "num_fewshot": 0, "version": "1", "metrics": {"acc": 0.625}}
+    text = {"text": "other", "sequence_length": 64, "evaluated_tokens": 630, "text_sha256": "f" * 64}
+    for which, acc, perplexity in (("dense", 0.625, 11.5), ("pruned", 0.5, 12.25)):
+        result = {**task, "metrics": {"acc": acc}, "standard_errors": {"acc": 0.07}}
+        write_json(copy / f"{which}.json", evaluation(copy, which, tasks=[result], perplexity=perplexity, **text))
+    write_json(copy / "another model.json", {**evaluation(copy, "dense", perplexity=1.0, **text), "parameters": 1})
+    (copy / "notes.json").write_text("no JSON")
+    assert main(["report", str(copy)]) == 0
+    found = read_run(copy)
+    assert [(p.text, p.dense, p.pruned) for p in found.perplexities][1:] == [("other", 11.5, 12.25)]
+    (score,) = found.tasks
+    assert (score.dense, score.pruned) == ((0.625, 0.07, 50), (0.5, 0.07, 50))
+    html = (copy / "report.html").read_text()
+    assert "<td>11.500</td><td>12.250</td><td>x 1.065</td>" in html
+    assert "<td>piqa &lt;b&gt;</td><td>acc</td><td>0.6250 ± 0.0700</td><td>50</td><td>0.5000 ± 0.0700</td>" in html
+
+
+def test_without_matplotlib_the_page_has_its_tables(copy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["report", str(copy), "-o", str(tmp_path / "out")]) == 0
+    assert "matplotlib is not installed" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.html"]
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert "<img" not in html
+    assert html.count("<table>") >= 4
+
+
+def test_runs_are_compared(run, source, tmp_path):
+    second, out = tmp_path / "second <run>", tmp_path / "out"
+    assert main(arguments(source, second, 0.5)) == 0
+    assert main(["report", str(second), str(run), "-o", str(out)]) == 0
+    html = (out / "report.html").read_text()
+    assert sorted(path.name for path in out.iterdir()) == ["pictures", "report.html", "report.json"]
+    assert (out / "pictures" / "perplexity-1.png").read_bytes().startswith(PNG)
+    assert html.index("<td>run</td>") < html.index("<td>second &lt;run&gt;</td>")  # less removed first
+    facts = json.loads((out / "report.json").read_text())["runs"]
+    assert [fact["name"] for fact in facts] == ["second <run>", "run"]
+    assert facts[0]["removed_block_fraction"] > facts[1]["removed_block_fraction"]
+    assert facts[0]["perplexities"][0]["dense"] == facts[1]["perplexities"][0]["dense"]
+    for fact in facts:
+        assert f"{fact['perplexities'][0]['pruned']:.2f} (dense" in html
+    assert html.count("intraslice prune ") == 2
+
+
+def test_pages_in_a_browser(copy, run, tmp_path):
+    """No script, all pictures, nothing beyond the edge, readable on a desk and on a telephone."""
+    write_json(copy / "t.json", evaluation(copy, "pruned", tasks=[
+        {"task": "a_task_with_quite_a_long_name", "items": 9, "metrics": {"acc_norm": 0.5}, "standard_errors": {}}
+    ]))  # fmt: skip
+    assert main(["report", str(copy)]) == 0
+    assert main(["report", str(copy), str(run), "-o", str(tmp_path / "both")]) == 0
+    for page, pictures in ((copy / "report.html", len(PICTURES)), (tmp_path / "both" / "report.html", 1)):
+        frames, logged = show(page, (1280, 400), tmp_path / "shot.png")
+        assert logged == ""
+        for frame, width in zip(frames, (1280, 400), strict=True):
+            assert frame["width"] == width
+            assert frame["content"] <= width
+            assert frame["beyond"] == 0
+            assert len(frame["pictures"]) == pictures
+            assert min(frame["pictures"]) > 300
+            assert frame["smallest"] >= 13
+            assert frame["text"] > 300
+            assert frame["scripts"] == 0
+        assert (tmp_path / "shot.png").stat().st_size > 20_000
+
+
+# What the run records for it
+
+
+def test_spectra_are_those_of_each_groups_rows():
+    rng = np.random.default_rng(0)
+    y = rng.standard_normal((40, 3, 4)) * np.exp(rng.standard_normal((1, 3, 4)))
+    flat = y.reshape(40, -1).astype(np.float32)
+    found = value_spectra(np.asarray(flat.T @ flat), (0, 2, 2))
+    assert found["kv_heads"] == [0, 2]
+    for shares, members in zip(found["shares"], ([0], [1, 2]), strict=True):
+        singular = np.linalg.svd(y[:, members].swapaxes(0, 1).reshape(-1, 4), compute_uv=False)
+        np.testing.assert_allclose(shares, singular**2 / np.square(singular).sum(), rtol=1e-3)
+    assert value_spectra(np.zeros((4, 4), np.float32), (0,)) == {"kv_heads": [0], "shares": [[0.0] * 4]}
+
+
+def test_what_each_layer_lost_is_counted():
+    dense, narrow = LayerShape((0, 0, 1, 1), 8, 8, 8, 24), LayerShape((0, 1, 1), 6, 6, 4, 12)
+    config = ModelConfig("llama", 61, 16, 8, 8, (dense, dense))
+    facts = layer_changes(config, config.with_layers((dense, narrow)))
+    attention = 16 * (3 * 6 + 2 * 6 + 2 * 4 + 3 * 4) / (16 * (4 * 8 + 2 * 8 + 2 * 8 + 4 * 8))
+    assert facts["removed_by_layer"] == {
+        "attention": [0.0, pytest.approx(1 - attention)],
+        "mlp": [0.0, pytest.approx(0.5)],
+    }
+    assert facts["dense_layers"][1]["query_to_kv"] == [0, 0, 1, 1]
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda path: None, "does not exist"),
+        (lambda path: path.write_text("x"), "is a file"),
+        (lambda path: path.mkdir(), "has no report.json (it holds nothing)"),
+        (lambda path: (path.mkdir(), (path / "compare.json").touch()), "has no report.json (it holds compare.json)"),
+        (lambda path: (path.mkdir(), (path / "report.json").write_text("{}")), "report.json has no 'layers'"),
+        (lambda path: (path.mkdir(), (path / "report.json").write_text("[]")), "report.json has no 'layers'"),
+        (lambda path: (path.mkdir(), (path / "report.json").write_text("{")), "report.json cannot be read"),
+    ],
+)
+def test_a_folder_that_is_no_run(tmp_path, make, says):
+    make(tmp_path / "odd")
+    with pytest.raises(InputError, match=re.escape(says)) as caught:
+        read_run(tmp_path / "odd")
+    assert "odd" in str(caught.value)
+    assert "intraslice prune" in str(caught.value)
+
+
+def test_wrong_options(run, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    for args, says in (
+        ([str(run), str(run)], "2 runs are compared in a folder of their own; pass --output"),
+        ([str(run), "-o", str(tmp_path / "out")], "exists already"),
+        ([str(tmp_path / "out")], "is no run"),
+        ([str(run), "nowhere", "-o", str(tmp_path / "new")], "nowhere does not exist"),
+    ):
+        assert main(["report", *args]) == 2
+        line = capsys.readouterr().err.strip()
+        assert says in line
+        assert "\n" not in line
+    assert not (tmp_path / "new").exists()
