@@ -93,7 +93,8 @@ def _prepare_process() -> None:
 def _run(command: ModuleType, options: Any) -> None:
     """Runs a command, in all processes of a run of several at once; only the first of them prints."""
     parallel = getattr(options, "parallel", None)
-    if parallel is None or not (parallel.distributed or parallel.coordinator or parallel.num_processes):
+    joined = () if parallel is None else (parallel.coordinator, parallel.num_processes, parallel.process_id)
+    if parallel is None or not (parallel.distributed or any(option is not None for option in joined)):
         command.run(options)
         return
     from intraslice_jax.parallel import distributed
@@ -106,6 +107,8 @@ def _run(command: ModuleType, options: Any) -> None:
     except (Exception, KeyboardInterrupt) as error:
         # The others would wait for this process in their next collective.
         message = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, KeyboardInterrupt):
+            message = "interrupted"
         if not isinstance(error, InputError | RunError | OSError | KeyboardInterrupt):
             traceback.print_exc()
         if distributed.is_first():

@@ -64,7 +64,7 @@ def start(config: ParallelConfig) -> None:
                 "--coordinator HOST:PORT, --num-processes and --process-id"
             ) from error
     if jax.process_count() > 1:
-        threading.Thread(target=_watch, args=(_client(), config.peer_timeout), daemon=True).start()
+        threading.Thread(target=_watch, args=(_client(), float(config.peer_timeout)), daemon=True).start()
 
 
 def is_first() -> bool:

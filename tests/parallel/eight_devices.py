@@ -80,12 +80,20 @@ def test_every_mesh_gives_the_weights_of_one_device(flavour, mesh, count):
 def collectives(compiled, devices_per_row):
     """Collective operations of a program, and those of them that cross from one row of devices to another."""
     found = re.findall(r"= [^=]* (all-\w+|reduce-scatter|collective-\w+)(?:-start)?\(.*", compiled.as_text())
-    lines = [line for line in compiled.as_text().splitlines() if re.search(r" (all-\w+|reduce-scatter)\(", line)]
+    lines = [
+        line
+        for line in compiled.as_text().splitlines()
+        if re.search(r" (all-\w+|reduce-scatter|collective-\w+)(-start)?\(", line)
+    ]
     crossing = [line for line in lines if not _within_rows(line, devices_per_row)]
     return found, crossing
 
 
 def _within_rows(line, devices_per_row):
+    pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", line)
+    if pairs:
+        ends = [[int(n) for n in re.findall(r"\d+", pair)] for pair in pairs[1].split("},")]
+        return all(a // devices_per_row == b // devices_per_row for a, b in ends)
     groups = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[8\]($|[, ])", line)
     return bool(groups) and int(groups[2]) == devices_per_row
 
