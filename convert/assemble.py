@@ -58,6 +58,16 @@ class CheckpointArrays(Mapping[str, np.ndarray]):
         name = self._names[tensor.name]
         return _cast(tensor.unpack(self._read(tensor, name))[path], self.dtype, name, self._source.where)
 
+    def part(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
+        """`self[path][index]`, for which only that part is read."""
+        if path in self._pairs:
+            return self._pairs[path][index]
+        tensor = self._tensors[path]
+        name = self._names[tensor.name]
+        part = np.ascontiguousarray(tensor.unpack(self._source.view(name))[path][index])
+        _check_finite(part, name, self._source.where)
+        return _cast(part, self.dtype, name, self._source.where)
+
     def __iter__(self) -> Iterator[str]:
         return iter([*self._tensors, *self._pairs])
 

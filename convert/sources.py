@@ -37,10 +37,20 @@ class TensorSource(ABC):
     where: str
     dtypes: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
+    _viewed: tuple[str, np.ndarray] | None = None
 
     @abstractmethod
     def read(self, name: str) -> np.ndarray:
         """One tensor, in an array that nothing else refers to."""
+
+    def view(self, name: str) -> np.ndarray:
+        """One tensor of which only parts are used; what is not looked at need not be read.
+
+        Here all of it is, and kept until another is asked for.
+        """
+        if self._viewed is None or self._viewed[0] != name:
+            self._viewed = (name, self.read(name))
+        return self._viewed[1]
 
 
 class _Place(NamedTuple):
@@ -72,6 +82,12 @@ class Safetensors(TensorSource):
         place = self._places[name]
         count = math.prod(place.shape)
         return np.fromfile(place.file, place.dtype, count, offset=place.offset).reshape(place.shape)
+
+    def view(self, name: str) -> np.ndarray:
+        place = self._places[name]
+        if not math.prod(place.shape):
+            return self.read(name)
+        return np.memmap(place.file, place.dtype, "r", place.offset, place.shape)
 
 
 def _read_header(file: Path) -> dict[str, _Place]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from intraslice_jax import convert
 from intraslice_jax.calibrate import data
@@ -26,19 +27,21 @@ from intraslice_jax.settings import closest
 __all__ = ["export", "generate", "load", "perplexity", "prune", "restore", "save"]
 
 
-def load(source: str | Path, dtype: str | None = None) -> LanguageModel:
+def load(source: str | Path, dtype: str | None = None, mesh: Mesh | None = None) -> LanguageModel:
     """A model from a checkpoint of this program, a Hugging Face folder or hub id, or a .gguf file.
 
     Args:
         source: a path, or the id of a model on the hub.
         dtype: what the weights become (`float32`, `bfloat16`, `float16`); None keeps what is stored.
+        mesh: devices to spread the weights over (`intraslice_jax.parallel.mesh.make_mesh`); each process reads only
+            the parts of its own. What is done with the model then runs on the mesh.
 
     Raises:
         InputError: the source does not exist, is damaged, or is of an unsupported architecture.
     """
     if is_checkpoint(source):
-        return cast(restore(source), dtype)
-    return convert.load(source, dtype)
+        return cast(restore(source, mesh), dtype)
+    return convert.open_stored(source, dtype).in_memory(mesh)
 
 
 def open_stored(source: str | Path, dtype: str | None = None) -> StoredModel:

@@ -12,6 +12,7 @@ import pkgutil
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +40,7 @@ def main(args: Sequence[str] | None = None) -> int:
             command, options = _parse(given, modules)
             name, output = f"intraslice {command}", getattr(options, "output", None)
             _prepare_process()
-            modules[command].run(options)
+            _run(modules[command], options)
     except InputError as error:
         return _fail(name, error, 2)
     except KeyboardInterrupt:
@@ -87,6 +88,32 @@ def _prepare_process() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries; ours know where they are
+
+
+def _run(command: ModuleType, options: Any) -> None:
+    """Runs a command, in all processes of a run of several at once; only the first of them prints."""
+    parallel = getattr(options, "parallel", None)
+    joined = () if parallel is None else (parallel.coordinator, parallel.num_processes, parallel.process_id)
+    if parallel is None or not (parallel.distributed or any(option is not None for option in joined)):
+        command.run(options)
+        return
+    from intraslice_jax.parallel import distributed
+
+    distributed.start(parallel)
+    try:
+        with distributed.only_first_speaks():
+            command.run(options)
+            distributed.barrier("done")
+    except (Exception, KeyboardInterrupt) as error:
+        # The others would wait for this process in their next collective.
+        message = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, KeyboardInterrupt):
+            message = "interrupted"
+        if not isinstance(error, InputError | RunError | OSError | KeyboardInterrupt):
+            traceback.print_exc()
+        if distributed.is_first():
+            print(f"intraslice: {message}", file=sys.stderr, flush=True)
+        distributed.abandon(message, 2 if isinstance(error, InputError) else 1)
 
 
 def _fail(name: str, error: BaseException | str, code: int) -> int:

@@ -296,3 +296,36 @@ class PruneConfig:
             raise InputError(f"pair_selection must be products or logits, found {self.pair_selection!r}")
         if self.batch_size < 0:
             raise InputError(f"batch_size must be 0 (automatic) or more, found {self.batch_size}")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Which devices work together, in one process or several.
+
+    Attributes:
+        mesh: `data=D,model=M`: calibration sequences and evaluation windows are split over D parts, heads and MLP
+            channels over M; weights are stored in D x M parts. All devices on `data` if not given.
+        distributed: this is one of several processes that a TPU pod slice, Slurm or Open MPI started.
+        coordinator: `HOST:PORT` of process 0, where none of these did.
+        num_processes: how many processes there are.
+        process_id: the number of this one, from 0.
+        startup_timeout: seconds that a process waits for the others at the start.
+        peer_timeout: seconds without a sign of life after which another process counts as lost.
+    """
+
+    mesh: str | None = None
+    distributed: bool = False
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    startup_timeout: int = 300
+    peer_timeout: int = 100
+
+    def __post_init__(self) -> None:
+        if min(self.startup_timeout, self.peer_timeout) < 1:
+            raise InputError(
+                f"startup_timeout and peer_timeout must be at least 1 second, found {self.startup_timeout} and "
+                f"{self.peer_timeout}"
+            )
+        if self.coordinator is not None and not self.coordinator.rpartition(":")[2].isdecimal():
+            raise InputError(f"coordinator must be HOST:PORT, found {self.coordinator!r}")

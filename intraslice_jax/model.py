@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from intraslice_jax.config import ModelConfig
 from intraslice_jax.errors import InputError
-from intraslice_jax.models.decoder import Decoder, decoder_from_arrays
+from intraslice_jax.models.decoder import Decoder, abstract_arrays, decoder_from_arrays, decoder_to_arrays
+from intraslice_jax.parallel.placement import mesh_of, put_parts, put_weights
+from intraslice_jax.parallel.rules import weight_shardings
 
 
 @dataclass(frozen=True)
@@ -58,8 +63,23 @@ class StoredModel:
     generation_config: dict[str, Any] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
 
-    def in_memory(self) -> LanguageModel:
-        """Reads all arrays onto the default device."""
-        arrays = {path: jnp.asarray(self.arrays[path]) for path in self.arrays}
+    def in_memory(self, mesh: Mesh | None = None) -> LanguageModel:
+        """Reads all arrays onto the default device, or onto a mesh."""
+        if mesh is None:
+            arrays = {path: jnp.asarray(self.arrays[path]) for path in self.arrays}
+        else:
+            shapes = {path: tuple(a.shape) for path, a in abstract_arrays(self.config).items()}
+            shardings = weight_shardings(shapes, mesh)
+            arrays = {
+                path: put_parts(self.arrays, path, shapes[path], sharding) for path, sharding in shardings.items()
+            }
         decoder = decoder_from_arrays(self.config, arrays)
         return LanguageModel(self.config, decoder, self.tokenizer, self.name, self.generation_config, self.report)
+
+
+def on_mesh(model: LanguageModel, mesh: Mesh | None) -> LanguageModel:
+    """The model with its weights spread over a mesh; without one, and if it lies there already, as it is."""
+    if mesh is None or all(mesh_of(leaf) == mesh for leaf in jax.tree.leaves(model.decoder)):
+        return model
+    arrays = put_weights(decoder_to_arrays(model.decoder), mesh)
+    return dataclasses.replace(model, decoder=decoder_from_arrays(model.config, arrays))

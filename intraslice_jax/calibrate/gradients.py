@@ -9,7 +9,6 @@ layer's forward pass again. Weights are never differentiated.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from intraslice_jax.config import ModelConfig
@@ -26,6 +26,9 @@ from intraslice_jax.model import LanguageModel
 from intraslice_jax.models.decoder import Block, Decoder
 from intraslice_jax.models.head import token_nll
 from intraslice_jax.models.rope import RopeTable
+from intraslice_jax.parallel.batches import even_batch
+from intraslice_jax.parallel.mesh import ways
+from intraslice_jax.parallel.placement import gathered, mesh_of, put_batch, to_host
 
 OnBatch = Callable[[int, int], None]
 """Told how many sequences are done, and of how many."""
@@ -80,7 +83,8 @@ def group_gradients(
     Raises:
         RunError: a loss or a gradient is not finite; the message names the layer.
     """
-    size = batch_size or _automatic_batch(model.config, windows.shape[1], matrices, memory_budget)
+    mesh = mesh_of(model.decoder)
+    size = batch_size or ways(mesh) * _automatic_batch(model.config, windows.shape[1], matrices, memory_budget)
     pending: list[_Sequences] = []
     waiting = 0
     for batch in _sequences(model.decoder, windows, size, matrices, on_batch):
@@ -104,16 +108,17 @@ def head_grams(
     on_batch: OnBatch | None = None,
 ) -> tuple[Float[np.ndarray, "heads v v"], ...]:
     """Second moments y_h^T y_h of the unpruned model per layer and head, summed over all tokens; float64."""
-    size = batch_size or _automatic_batch(model.config, windows.shape[1], False, memory_budget)
+    mesh = mesh_of(model.decoder)
+    size = batch_size or ways(mesh) * _automatic_batch(model.config, windows.shape[1], False, memory_budget)
     shapes = [(s.num_attention_heads, s.v_head_dim, s.v_head_dim) for s in model.config.layers]
     totals = [np.zeros(shape) for shape in shapes]
     rope = model.decoder.rope_for(windows.shape[1])
     with jax.default_matmul_precision("highest"):
-        for tokens, real, done in _batches(windows, size):
+        for tokens, real, done in _batches(windows, size, mesh):
             x = model.decoder.embed(tokens)
             for i, block in enumerate(model.decoder.layers):
-                x, gram = _forward(block, x, rope)
-                totals[i] += np.asarray(gram)[:real].sum(0, dtype=np.float64)
+                x, gram = _forward(gathered(block), x, rope)
+                totals[i] += to_host(gram)[:real].sum(0, dtype=np.float64)
             if not all(np.isfinite(total).all() for total in totals):
                 raise RunError(f"the heads' outputs are not finite: {first_bad_layer(model.decoder, tokens)}")
             if on_batch is not None:
@@ -156,24 +161,24 @@ def _sum(parts: list[_Sequences]) -> GroupGradients:
     return GroupGradients(diagonals, mlp, attention if full else (), head_gram, float(loss), sequences)
 
 
-def _batches(windows: np.ndarray, size: int) -> Iterator[tuple[Array, int, int]]:
+def _batches(windows: np.ndarray, size: int, mesh: Mesh | None) -> Iterator[tuple[Array, int, int]]:
     """Tokens, how many of the rows are real, and how many are done after them.
 
     The last batch is filled up with copies of the last window, so that nothing compiles twice.
     """
     count = len(windows)
-    size = math.ceil(count / math.ceil(count / size))
+    size = even_batch(count, size, ways(mesh))
     for start in range(0, count, size):
         rows = np.minimum(np.arange(start, start + size), count - 1)
         done = min(start + size, count)
-        yield jnp.asarray(windows[rows], jnp.int32), done - start, done
+        yield put_batch(windows[rows].astype(np.int32), mesh), done - start, done
 
 
 def _sequences(
     decoder: Decoder, windows: np.ndarray, size: int, matrices: bool, on_batch: OnBatch | None
 ) -> Iterator[_Sequences]:
     rope = decoder.rope_for(windows.shape[1])
-    for tokens, real, done in _batches(windows, size):
+    for tokens, real, done in _batches(windows, size, mesh_of(decoder)):
         # Not around the whole loop: a generator must not leave the setting on while its caller runs.
         with jax.default_matmul_precision("highest"):
             batch = _one_batch(decoder, tokens, rope, matrices)
@@ -188,15 +193,16 @@ def _one_batch(decoder: Decoder, tokens: Array, rope: RopeTable, matrices: bool)
     x, boundaries, grams = decoder.embed(tokens), [], []
     for block in decoder.layers:
         boundaries.append(x)
-        x, gram = _forward(block, x, rope)
+        x, gram = _forward(gathered(block), x, rope)
         grams.append(gram)
     loss, cotangent = _loss_gradient(decoder, x, tokens)
     attention, mlp = [], []
     for block in reversed(list(decoder.layers)):
-        cotangent, masks = _backward(block, boundaries.pop(), rope, cotangent, matrices)
+        cotangent, masks = _backward(gathered(block), boundaries.pop(), rope, cotangent, matrices)
         attention.append(masks.attention)
         mlp.append(masks.mlp)
-    return _Sequences(*jax.device_get((tuple(attention[::-1]), tuple(mlp[::-1]), tuple(grams), loss)))
+    parts = (tuple(attention[::-1]), tuple(mlp[::-1]), tuple(grams), loss)
+    return _Sequences(*jax.tree.map(to_host, parts))
 
 
 @jax.jit

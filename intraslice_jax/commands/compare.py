@@ -11,7 +11,7 @@ from tyro.conf import Fixed, OmitArgPrefixes, Suppress
 
 from intraslice_jax.commands._held_out import HeldOut, read_held_out
 from intraslice_jax.commands._types import Config, Dtype, Model, Names, Numbers, Output
-from intraslice_jax.config import CalibrationConfig, PruneConfig
+from intraslice_jax.config import CalibrationConfig, ParallelConfig, PruneConfig
 
 if TYPE_CHECKING:
     from intraslice_jax.evaluate.compare import Row
@@ -55,6 +55,7 @@ class Options(HeldOut):
     overwrite: bool = False
     prune: OmitArgPrefixes[Settings] = field(default_factory=Settings)
     calibrate: OmitArgPrefixes[CalibrationConfig] = field(default_factory=CalibrationConfig)
+    parallel: OmitArgPrefixes[ParallelConfig] = field(default_factory=ParallelConfig)
 
 
 def run(options: Options) -> None:
@@ -72,6 +73,8 @@ def run(options: Options) -> None:
     from intraslice_jax.evaluate.compare import compare, plan_trials, to_csv
     from intraslice_jax.evaluate.plot import plot_rows
     from intraslice_jax.io.checkpoint import versions
+    from intraslice_jax.parallel.distributed import is_first
+    from intraslice_jax.parallel.mesh import make_mesh
     from intraslice_jax.settings import as_settings
 
     for name in ("sparsity", "method", "ratios"):
@@ -81,7 +84,7 @@ def run(options: Options) -> None:
     calibrate = options.calibrate
     text = read_sources(calibrate.calibration, calibrate.split, calibrate.column, "--calibration")
     held_out = read_held_out(options)
-    model = api.load(options.model, options.dtype)
+    model = api.load(options.model, options.dtype, make_mesh(options.parallel.mesh))
     api.check_length(model, calibrate.sequence_length)
     stream = data.encode(model.require_tokenizer(), text)
     calibration = data.sample_windows(stream, calibrate.samples, calibrate.sequence_length, calibrate.seed)
@@ -106,10 +109,13 @@ def run(options: Options) -> None:
     def on_row(row: Row) -> None:
         rows.append(row)
         say(f"[{len(rows)}/{len(trials) + 1}] {_line(row)}")
-        write_json(partial, facts())  # an interrupted run leaves what it has
+        if is_first():
+            write_json(partial, facts())  # an interrupted run leaves what it has
 
     say(f"measuring the dense model and {len(trials)} pruned ones; results so far are in {partial}")
     compare(model, calibration, evaluation, trials, on_row)
+    if not is_first():
+        return
     with atomic_folder(options.output, options.overwrite) as folder:
         write_json(folder / "compare.json", facts())
         (folder / "compare.csv").write_text(to_csv(rows), encoding="utf-8")

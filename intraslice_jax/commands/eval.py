@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tyro.conf import OmitArgPrefixes
+
 from intraslice_jax.commands._types import Checkpoint, Config, Dtype, Files, JsonOutput, Names
+from intraslice_jax.config import ParallelConfig
 
 if TYPE_CHECKING:
     from intraslice_jax.calibrate.sources import EvaluationText
@@ -56,6 +59,7 @@ class Options:
     output: JsonOutput = None
     config: Config = None
     overwrite: bool = False
+    parallel: OmitArgPrefixes[ParallelConfig] = field(default_factory=ParallelConfig)
 
 
 def run(options: Options) -> None:
@@ -69,11 +73,13 @@ def run(options: Options) -> None:
     from intraslice_jax.calibrate.data import text_hash
     from intraslice_jax.environment import peak_rss_bytes
     from intraslice_jax.io.checkpoint import versions
+    from intraslice_jax.parallel.distributed import is_first
+    from intraslice_jax.parallel.mesh import make_mesh
     from intraslice_jax.settings import as_settings
 
     text = _read(options)
     tasks = _find_tasks(options)  # unknown names are found before the model is loaded
-    model = api.load(options.checkpoint, options.dtype)
+    model = api.load(options.checkpoint, options.dtype, make_mesh(options.parallel.mesh))
     facts: dict[str, Any] = {}
     rows: list[list[str]] = []
     if text is not None:
@@ -99,7 +105,7 @@ def run(options: Options) -> None:
     if results:
         print()
         print_table([["task", "items", "shots", "metric", "value", "±"], *_task_rows(results)])
-    if options.output is not None:
+    if options.output is not None and is_first():
         write_json(options.output, facts)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
-from tyro.conf import Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from intraslice_jax.commands._types import Checkpoint, Config, Dtype, JsonOutput
+from intraslice_jax.config import ParallelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,7 @@ class Options:
     output: JsonOutput = None
     config: Config = None
     overwrite: bool = False
+    parallel: OmitArgPrefixes[ParallelConfig] = field(default_factory=ParallelConfig)
 
 
 def run(options: Options) -> None:
@@ -52,9 +54,11 @@ def run(options: Options) -> None:
     from intraslice_jax import api
     from intraslice_jax.io.checkpoint import versions
     from intraslice_jax.models.generate import generate
+    from intraslice_jax.parallel.distributed import is_first
+    from intraslice_jax.parallel.mesh import make_mesh
     from intraslice_jax.settings import as_settings
 
-    model = api.load(options.checkpoint, options.dtype)
+    model = api.load(options.checkpoint, options.dtype, make_mesh(options.parallel.mesh))
     model.require_tokenizer()
     started = time.monotonic()
     stream = sys.stdout.isatty()
@@ -71,7 +75,7 @@ def run(options: Options) -> None:
         (lambda _, __, text: print(text, end="", flush=True)) if stream else None,
     )
     print("" if stream else options.prompt + result.texts[0])
-    if options.output is not None:
+    if options.output is not None and is_first():
         facts = {
             "prompt": options.prompt,
             "continuation": result.texts[0],

@@ -11,7 +11,7 @@ from tyro.conf import OmitArgPrefixes
 from intraslice_jax.commands._command_line import command_line
 from intraslice_jax.commands._held_out import HeldOut, read_held_out
 from intraslice_jax.commands._types import Config, Dtype, Model, Output
-from intraslice_jax.config import CalibrationConfig, PruneConfig
+from intraslice_jax.config import CalibrationConfig, ParallelConfig, PruneConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,7 @@ class Options(HeldOut):
     dtype: Dtype | None = None
     prune: OmitArgPrefixes[PruneConfig] = field(default_factory=PruneConfig)
     calibrate: OmitArgPrefixes[CalibrationConfig] = field(default_factory=CalibrationConfig)
+    parallel: OmitArgPrefixes[ParallelConfig] = field(default_factory=ParallelConfig)
 
 
 def run(options: Options) -> None:
@@ -52,6 +53,7 @@ def run(options: Options) -> None:
     from intraslice_jax.commands._output import gibibytes, number, percent, print_table, say
     from intraslice_jax.environment import StageClock, peak_rss_bytes
     from intraslice_jax.evaluate.held_out import measure_both
+    from intraslice_jax.parallel.mesh import make_mesh
     from intraslice_jax.progress import duration, layer_progress
     from intraslice_jax.report.single import write_report
     from intraslice_jax.settings import as_settings
@@ -60,7 +62,7 @@ def run(options: Options) -> None:
     calibrate = options.calibrate
     text = read_sources(calibrate.calibration, calibrate.split, calibrate.column, "--calibration")
     held_out = read_held_out(options) if options.text or options.dataset else None
-    model = api.load(options.model, options.dtype)
+    model = api.load(options.model, options.dtype, make_mesh(options.parallel.mesh))
     clock.finish("reading")
     with layer_progress(model.config.num_layers) as on_layer:
         pruned = api.prune_calibrated(model, text, options.prune, calibrate, on_layer)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
@@ -18,6 +17,9 @@ from intraslice_jax.model import LanguageModel
 from intraslice_jax.models.finite import first_bad_layer
 from intraslice_jax.models.head import token_nll
 from intraslice_jax.models.precision import exact_float32
+from intraslice_jax.parallel.batches import even_batch
+from intraslice_jax.parallel.mesh import ways
+from intraslice_jax.parallel.placement import mesh_of, put_batch, to_host
 
 _MEMORY_BUDGET, _CPU_MEMORY_BUDGET = 2**30, 128 * 2**20  # larger steps do not make a CPU faster
 
@@ -62,16 +64,17 @@ def perplexity(
     started = time.monotonic()
     count, length = windows.shape
     _check(model.config, windows, batch_size)
-    size = _even_batch(count, batch_size or automatic_batch(model.config, length))
+    mesh = mesh_of(model.decoder)
+    size = even_batch(count, batch_size or ways(mesh) * automatic_batch(model.config, length), ways(mesh))
     total = 0.0
     with exact_float32(model.decoder):
         for start in range(0, count, size):
             real = min(size, count - start)
             # The last batch is filled up with copies of its first window, so that nothing recompiles.
             rows = np.minimum(np.arange(start, start + size), count - 1)
-            tokens = jnp.asarray(windows[rows], jnp.int32)
+            tokens = put_batch(windows[rows].astype(np.int32), mesh)
             nll = token_nll(model.decoder, model.decoder.hidden_states(tokens)[:, :-1], tokens[:, 1:])
-            batch = float(np.asarray(nll)[:real].sum(dtype=np.float64))
+            batch = float(to_host(nll)[:real].sum(dtype=np.float64))
             if not math.isfinite(batch):
                 raise RunError(f"the loss is not finite: {first_bad_layer(model.decoder, tokens)}")
             total += batch
@@ -97,11 +100,6 @@ def automatic_batch(config: ModelConfig, length: int, memory_budget: int | None 
     scores = max(2 * layer.num_attention_heads for layer in config.layers) * max(128, length // 8)
     per_window = 4 * length * (6 * config.hidden_size + max(widest, scores))
     return max(1, memory_budget // per_window)
-
-
-def _even_batch(count: int, most: int) -> int:
-    """The size that spreads `count` windows most evenly over as few steps as `most` allows."""
-    return math.ceil(count / math.ceil(count / most))
 
 
 def _check(config: ModelConfig, windows: np.ndarray, batch_size: int) -> None:

@@ -18,16 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 from transformers import AutoTokenizer
 
 from intraslice_jax.config import ModelConfig
 from intraslice_jax.errors import InputError
-from intraslice_jax.io.atomic import atomic_folder
 from intraslice_jax.io.digests import check_digests, write_digests
 from intraslice_jax.io.streaming import StreamedArrays, write_streamed
 from intraslice_jax.model import LanguageModel, StoredModel
 from intraslice_jax.models.decoder import abstract_arrays, decoder_from_arrays, decoder_to_arrays
+from intraslice_jax.parallel.distributed import is_first, shared_folder
+from intraslice_jax.parallel.rules import weight_shardings
 
 FORMAT = "intraslice-checkpoint"
 VERSION = 1
@@ -62,30 +64,31 @@ def save(model: LanguageModel | StoredModel, path: str | Path, overwrite: bool =
         "generation_config": model.generation_config,
         "versions": versions(),
     }
-    with atomic_folder(path, overwrite) as folder:
-        write_json(folder / "config.json", description)
-        write_json(folder / "report.json", model.report)
+    with shared_folder(path, overwrite) as folder:
         metadata = {"description": description, "report": json.loads(json.dumps(model.report))}
         state = folder.absolute() / "state"
         if stored:
             write_streamed(state, model.arrays, abstract_arrays(model.config, model.dtype), metadata)
         else:
             ocp.save(str(state), decoder_to_arrays(model.decoder), custom_metadata=metadata)
-        write_digests(folder, "state")
-        if model.tokenizer is not None:
-            model.tokenizer.save_pretrained(folder)
+        if is_first():
+            write_json(folder / "config.json", description)
+            write_json(folder / "report.json", model.report)
+            write_digests(folder, "state")
+            if model.tokenizer is not None:
+                model.tokenizer.save_pretrained(folder)
     return Path(path)
 
 
-def restore(path: str | Path) -> LanguageModel:
-    """Reads what `save` wrote.
+def restore(path: str | Path, mesh: Mesh | None = None) -> LanguageModel:
+    """Reads what `save` wrote, on whatever devices, onto one device or a mesh.
 
     Raises:
         InputError: the folder is no checkpoint of this program, or is damaged.
     """
     stored = open_checkpoint(path)
     try:
-        arrays = ocp.load(_state(path), _on_default_device(abstract_arrays(stored.config, stored.dtype)))
+        arrays = ocp.load(_state(path), _placed(abstract_arrays(stored.config, stored.dtype), mesh))
     except Exception as error:  # Orbax raises many kinds for a damaged file.
         raise _damaged(path, error) from error
     return LanguageModel(
@@ -117,7 +120,8 @@ def open_checkpoint(path: str | Path, dtype: str | None = None) -> StoredModel:
             f"{path} has checkpoint version {description.get('format_version')}, this program reads {VERSION}; "
             "use the version of the program that wrote it"
         )
-    check_digests(path)
+    if is_first():  # the others read no more than their parts of the weights
+        check_digests(path)
     try:
         config = ModelConfig.from_json(description["model"])
         abstract = abstract_arrays(config, dtype or description["dtype"])
@@ -158,9 +162,12 @@ def _check_shapes(expected: Mapping[str, Any], stored: Mapping[str, Any]) -> Non
             raise InputError(f"config.json describes {name} with shape {want}, state/ holds {found}")
 
 
-def _on_default_device(abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for name, a in abstract.items()}
+def _placed(abstract: dict[str, jax.ShapeDtypeStruct], mesh: Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
+    if mesh is None:
+        shardings = dict.fromkeys(abstract, SingleDeviceSharding(jax.local_devices()[0]))
+    else:
+        shardings = weight_shardings({name: a.shape for name, a in abstract.items()}, mesh)
+    return {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=shardings[name]) for name, a in abstract.items()}
 
 
 def _tokenizer(path: Path):

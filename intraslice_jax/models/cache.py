@@ -18,6 +18,7 @@ from intraslice_jax.models.attention import attend
 from intraslice_jax.models.decoder import Block, Decoder
 from intraslice_jax.models.norm import Norm
 from intraslice_jax.models.rope import RopeTable, rope_table
+from intraslice_jax.parallel.placement import gathered
 
 
 class LayerCache(NamedTuple):
@@ -42,7 +43,7 @@ def prefill(
     x, rope = decoder.embed(tokens), _rope(decoder, positions, lengths)
     caches = []
     for block in decoder.layers:
-        x, cache = _prefill_block(block, x, rope, slots)
+        x, cache = _prefill_block(gathered(block), x, rope, slots)
         caches.append(cache)
     return _logits_at(decoder, x, lengths - 1), caches
 
@@ -65,7 +66,7 @@ def decode(
     x, rope = decoder.embed(tokens[:, None]), _rope(decoder, at, positions + 1)
     updated = []
     for block, cache in zip(decoder.layers, caches, strict=True):
-        x, cache = _decode_block(block, x, rope, cache, at)
+        x, cache = _decode_block(gathered(block), x, rope, cache, at)
         updated.append(cache)
     return _logits_at(decoder, x, jnp.zeros_like(positions)), updated
 

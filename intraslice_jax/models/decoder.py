@@ -18,6 +18,7 @@ from intraslice_jax.models.initialise import normal, optional_zeros
 from intraslice_jax.models.mlp import MLP
 from intraslice_jax.models.norm import Norm
 from intraslice_jax.models.rope import RopeTable, rope_table
+from intraslice_jax.parallel.placement import embed_rows, gathered
 
 
 class Block(nnx.Module):
@@ -76,7 +77,7 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq hidden"]:
         """The residual stream before the first layer."""
-        return self.embed_tokens[...][tokens]
+        return embed_rows(self.embed_tokens[...], tokens)
 
     def rope(self, positions: Int[Array, "rows seq"], seq_len: int | Int[Array, ""]) -> RopeTable:
         """The tables every layer picks its frequencies from."""
@@ -91,7 +92,7 @@ class Decoder(nnx.Module):
         """The residual stream behind the last layer, after the final norm."""
         x, rope = self.embed(tokens), self.rope_for(tokens.shape[1])
         for block in self.layers:
-            x = run_block(block, x, rope)
+            x = run_block(gathered(block), x, rope)
         return self.norm(x)
 
     def logits(self, hidden: Float[Array, "batch seq hidden"]) -> Float[Array, "batch seq vocab"]:

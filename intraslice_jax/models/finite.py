@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from intraslice_jax.models.decoder import Decoder, run_block
+from intraslice_jax.parallel.placement import gathered
 
 
 def first_bad_layer(decoder: Decoder, tokens: Int[Array, "batch seq"]) -> str:
@@ -13,7 +14,7 @@ def first_bad_layer(decoder: Decoder, tokens: Int[Array, "batch seq"]) -> str:
     x, rope = decoder.embed(tokens), decoder.rope_for(tokens.shape[1])
     if not _finite(x):
         return "the embedding holds NaN or Inf"
-    for i, block in enumerate(decoder.layers):
+    for i, block in enumerate(map(gathered, decoder.layers)):
         attended = block.attention(block.input_norm(x), rope)
         x = run_block(block, x, rope)
         if not _finite(x):

@@ -16,6 +16,7 @@ from intraslice_jax.models.finite import first_bad_layer
 from intraslice_jax.models.precision import exact_float32
 from intraslice_jax.models.rope import longrope_limit
 from intraslice_jax.models.sampling import Sampling
+from intraslice_jax.parallel.placement import to_host
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def generate(
             chosen = sampling.choose(logits, step)
             _check_finite(model, logits, rows)
             # A row that has ended goes on with the others; what it yields is dropped.
-            for i, token in enumerate(np.asarray(chosen).tolist()):
+            for i, token in enumerate(to_host(chosen).tolist()):
                 rows[i].append(token)
                 if not done[i]:
                     generated[i].append(token)
@@ -153,7 +154,7 @@ def _stop_tokens(model: LanguageModel) -> set[int]:
 
 
 def _check_finite(model: LanguageModel, logits: Float[Array, "batch vocab"], rows: list[list[int]]) -> None:
-    finite = np.asarray(jnp.isfinite(logits).all(1))
+    finite = to_host(jnp.isfinite(logits).all(1))
     if not finite.all():
         row = rows[int(np.argmin(finite))]
         raise RunError(f"a logit is not finite: {first_bad_layer(model.decoder, jnp.asarray([row], jnp.int32))}")

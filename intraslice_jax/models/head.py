@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from intraslice_jax.models.decoder import Decoder
+from intraslice_jax.parallel.mesh import DATA, ways
+from intraslice_jax.parallel.placement import gathered, mesh_of
 
 CHUNK = 256
 """Tokens whose logits exist at once: 50 MB in float32 for a vocabulary of 49,152."""
@@ -29,7 +33,20 @@ def token_nll(
         targets: the token that follows each position.
     """
     bias = None if decoder.lm_head_bias is None else decoder.lm_head_bias[...]
-    return _token_nll(decoder.head, bias, hidden, targets)
+    head = gathered(decoder.head)
+    mesh = mesh_of(head)
+    if mesh is None or len(hidden) % ways(mesh):
+        return _token_nll(head, bias, hidden, targets)
+    return _token_nll_on_mesh(mesh, head, bias, hidden, targets)
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def _token_nll_on_mesh(mesh: Mesh, head: Array, bias: Array | None, hidden: Array, targets: Array) -> Array:
+    """Every device row takes the chunks of its own sequences; one loop over all would bring them to every row."""
+    rows, whole = PartitionSpec(DATA), PartitionSpec()
+    specs = (whole, whole, rows, rows)
+    sharded = jax.shard_map(_token_nll, mesh=mesh, in_specs=specs, out_specs=rows, axis_names={DATA}, check_vma=False)
+    return sharded(head, bias, hidden, targets)
 
 
 def token_kl(

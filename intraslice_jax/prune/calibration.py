@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from intraslice_jax.calibrate import statistics
@@ -25,6 +27,13 @@ from intraslice_jax.errors import InputError, RunError
 from intraslice_jax.model import LanguageModel
 from intraslice_jax.models.decoder import Block, block_from_arrays, decoder_to_arrays
 from intraslice_jax.models.rope import RopeTable
+from intraslice_jax.parallel.batches import even_batches
+from intraslice_jax.parallel.distributed import from_first
+from intraslice_jax.parallel.linalg import fits_one_device
+from intraslice_jax.parallel.mesh import ways
+from intraslice_jax.parallel.moments import MomentSum
+from intraslice_jax.parallel.placement import local, mesh_of, put_batch, put_weights, replicated, to_host
+from intraslice_jax.parallel.rules import RULES
 
 
 @dataclass
@@ -32,21 +41,27 @@ class ResidualStream:
     """The calibration set at one layer boundary: the only activations that are kept.
 
     Attributes:
-        batches: inputs of the layer at hand, [batch, seq, hidden] each.
+        batches: inputs of the layer at hand, [batch, seq, hidden] each, split over the mesh's `data`.
+        real: how many sequences of each batch count; copies fill up the rest.
         rope: position tables, the same for all batches.
         tokens: how many tokens there are.
+        mesh: which the model lies on, None for one device.
     """
 
     batches: list[Array]
+    real: list[int]
     rope: RopeTable
     tokens: int
+    mesh: Mesh | None = None
 
     @classmethod
     def start(cls, model: LanguageModel, windows: np.ndarray, batch_size: int) -> ResidualStream:
-        """Embeds the windows."""
-        parts = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
-        embedded = [model.decoder.embed(jnp.asarray(part)) for part in parts]
-        return cls(embedded, model.decoder.rope_for(windows.shape[1]), windows.size)
+        """Embeds the windows, `batch_size` at a time for each part of the mesh's `data`."""
+        mesh = mesh_of(model.decoder)
+        parts = list(even_batches(len(windows), batch_size, ways(mesh)))
+        embedded = [model.decoder.embed(put_batch(windows[rows], mesh)) for rows, _ in parts]
+        rope = replicated(model.decoder.rope_for(windows.shape[1]), mesh)
+        return cls(embedded, [real for _, real in parts], rope, windows.size, mesh)
 
 
 @dataclass(frozen=True)
@@ -78,17 +93,24 @@ class AttentionCalibration:
         """How many tokens every moment sums over."""
         return self.stream.tokens
 
-    @property
+    @functools.cached_property
     def arrays(self) -> dict[str, Array]:
-        """The attention's weights by name (`q_proj` [hidden, heads, qk], ...)."""
-        return part(decoder_to_arrays(self.block), "attention")
+        """The attention's weights by name (`q_proj` [hidden, heads, qk], ...), whole on one device."""
+        return local(part(decoder_to_arrays(self.block), "attention"))
 
     def head_moments(self) -> AttentionMoments:
         """Per-head second moments of the o-projection's input, and query-key scores."""
-        moments = statistics.empty_attention_moments(self.shape)
-        for mixed in self._mixed():
-            moments = statistics.add_attention(moments, mixed, self.shape.query_to_kv, self.shape.rotary_dim)
-        return check_finite(self.index, "attention", moments)
+        total = MomentSum(statistics.empty_attention_moments(self.shape), self.stream.mesh)
+        for mixed, real in zip(self._mixed(), self.stream.real, strict=True):
+            total.add(
+                statistics.add_attention,
+                real,
+                0,
+                mixed,
+                query_to_kv=self.shape.query_to_kv,
+                rotary_dim=self.shape.rotary_dim,
+            )
+        return check_finite(self.index, "attention", total.total())
 
     def _mixed(self) -> Iterator[Mixed]:
         """What the attention computes, batch by batch; remembered if it fits the memory budget."""
@@ -97,7 +119,7 @@ class AttentionCalibration:
             return
         for x in self.stream.batches:
             mixed = statistics.mix(self.block, x, self.stream.rope)
-            if fits(self.config, self.stream.batches, mixed):
+            if fits(self.config, self.stream, mixed):
                 self._kept.append(mixed)
             yield mixed
 
@@ -116,20 +138,20 @@ class AttentionCalibration:
         """
         v = self.shape.v_head_dim
         inputs, targets = len(heads) * v, self.shape.num_attention_heads * v
-        moments = empty_map_moments(inputs, targets)
         attention, kv = self.block.attention, [self.shape.query_to_kv[h] for h in heads]
-        for mixed in self._mixed():
-            moments = statistics.add_kept_attention(
-                moments,
+        total = MomentSum(empty_map_moments(inputs, targets), self.stream.mesh)
+        kept = replicated((jnp.asarray(heads), jnp.asarray(kv), query_maps, key_maps), self.stream.mesh)
+        for mixed, real in zip(self._mixed(), self.stream.real, strict=True):
+            total.add(
+                statistics.add_kept_attention,
+                real,
+                0,
                 mixed,
-                jnp.asarray(heads),
-                jnp.asarray(kv),
-                query_maps,
-                key_maps,
-                attention.scale,
-                attention.sliding_window,
+                *kept,
+                scale=attention.scale,
+                sliding_window=attention.sliding_window,
             )
-        return check_finite(self.index, "attention", moments)
+        return check_finite(self.index, "attention", total.total())
 
 
 @dataclass(frozen=True)
@@ -143,6 +165,7 @@ class MLPCalibration:
         after_attention: the residual stream behind the new attention, batch by batch.
         sources: the layer's inputs where its MLP reads them (parallel blocks), else None.
         inner_activations: the down-projection's input, batch by batch, or nothing if it does not fit the budget.
+        real: how many sequences of each batch count.
         tokens: how many tokens the moments sum over.
         config: the run's settings.
     """
@@ -153,6 +176,7 @@ class MLPCalibration:
     after_attention: list[Array]
     sources: list[Array | None]
     inner_activations: list[Array]
+    real: list[int]
     tokens: int
     config: PruneConfig
     num_layers: int
@@ -170,27 +194,37 @@ class MLPCalibration:
         """Runs the new attention over the calibration set and takes the MLP's moments on the way."""
         block = block_from_arrays(model, shape, arrays)
         inner = shape.intermediate_size
-        moments = zeros_like_moments(GramMoments, gram=(inner, inner), total=(inner,))
+        total = MomentSum(zeros_like_moments(GramMoments, gram=(inner, inner), total=(inner,)), stream.mesh)
         after_attention, inner_activations = [], []
-        for x in stream.batches:
-            moments, after, z = statistics.attend_and_add_mlp(moments, block, x, stream.rope)
+        for x, real in zip(stream.batches, stream.real, strict=True):
+            after, z = total.add_and_pass(statistics.attend_and_add_mlp, real, 1, block, x, stream.rope)
             after_attention.append(after)
-            if fits(config, stream.batches, z):
+            if fits(config, stream, z):
                 inner_activations.append(z)
         sources = stream.batches if model.parallel_block else [None] * len(after_attention)
-        moments = check_finite(index, "MLP", moments)
-        tokens, layers = stream.tokens, model.num_layers
-        return cls(index, block, moments, after_attention, list(sources), inner_activations, tokens, config, layers)
+        return cls(
+            index,
+            block,
+            check_finite(index, "MLP", total.total(split=stream.mesh is not None and not fits_one_device(inner))),
+            after_attention,
+            list(sources),
+            inner_activations,
+            stream.real,
+            stream.tokens,
+            config,
+            model.num_layers,
+        )
 
-    @property
+    @functools.cached_property
     def arrays(self) -> dict[str, Array]:
-        """The MLP's weights by name (`up_proj` [hidden, inner], ...)."""
-        return part(decoder_to_arrays(self.block), "mlp")
+        """The MLP's weights by name (`up_proj` [hidden, inner], ...), whole on one device."""
+        return local(part(decoder_to_arrays(self.block), "mlp"))
 
     def inputs(self) -> Iterator[Float[Array, "batch seq hidden"]]:
-        """What the MLP reads, batch by batch."""
-        for after, source in zip(self.after_attention, self.sources, strict=True):
-            yield statistics.mlp_input(self.block, after, source)
+        """What the MLP reads, batch by batch, whole on one device."""
+        for after, source, real in zip(self.after_attention, self.sources, self.real, strict=True):
+            x = local(statistics.mlp_input(self.block, after, source))
+            yield x if real == len(x) else x[:real]
 
     def outputs(self, block: Block, channels: Int[np.ndarray, " kept"] | None) -> list[Array]:
         """The residual stream behind the layer once its MLP is `block`'s. Uses up `after_attention`.
@@ -210,9 +244,10 @@ class MLPCalibration:
         ]
 
 
-def fits(config: PruneConfig, batches: list[Array], per_batch: Any) -> bool:
+def fits(config: PruneConfig, stream: ResidualStream, per_batch: Any) -> bool:
     """Whether what one batch gave may be kept for all batches."""
-    return len(batches) * sum(array.nbytes for array in jax.tree.leaves(per_batch)) <= config.memory_budget
+    size = sum(array.nbytes for array in jax.tree.leaves(per_batch))
+    return len(stream.batches) * size <= config.memory_budget * ways(stream.mesh)
 
 
 def part(arrays: Mapping[str, Array], module: str) -> dict[str, Array]:
@@ -226,7 +261,7 @@ def check_weights(arrays: Mapping[str, Array]) -> None:
     good = jax.jit(lambda arrays: {name: jnp.isfinite(array).all() for name, array in arrays.items()})(dict(arrays))
     for name, finite in good.items():
         if not bool(finite):
-            first = tuple(int(i) for i in np.argwhere(~np.isfinite(np.asarray(arrays[name])))[0])
+            first = tuple(int(i) for i in np.argwhere(~np.isfinite(to_host(arrays[name])))[0])
             raise InputError(f"{name} is not finite at {first}: the model is damaged, or overflowed when converted")
 
 
@@ -248,19 +283,22 @@ def _finite(moments: Any) -> Any:
     return jax.tree.map(lambda array: jnp.isfinite(array).all(), moments)
 
 
-def replace(arrays: Mapping[str, Array], module: str, new: Mapping[str, Array]) -> dict[str, Array]:
-    """The block's arrays with one module's exchanged, in the dtypes they had."""
+def replace(
+    arrays: Mapping[str, Array], module: str, new: Mapping[str, Array], mesh: Mesh | None = None
+) -> dict[str, Array]:
+    """The block's arrays with one module's exchanged, in the dtypes they had; those of process 0 on all processes."""
     cast = {
         f"{module}.{name}": jnp.asarray(np.asarray(array).astype(arrays[f"{module}.{name}"].dtype))
         for name, array in new.items()
     }
-    return {**arrays, **cast}
+    return {**arrays, **(cast if mesh is None else put_weights(from_first(cast), mesh, RULES.in_use(), quiet=True))}
 
 
-def batch_size(model: ModelConfig, shape: tuple[int, ...], config: PruneConfig) -> int:
-    """The largest divisor of the number of windows whose activations fit the memory budget."""
+def batch_size(model: ModelConfig, shape: tuple[int, ...], config: PruneConfig, ways: int = 1) -> int:
+    """The largest divisor of the windows of each of `ways` device rows whose activations fit the memory budget."""
     samples, seq = shape
-    wanted = config.batch_size
+    samples = max(1, samples // ways)
+    wanted = -(-config.batch_size // ways)
     if not wanted:
         widest = max(model.layers, key=lambda layer: layer.intermediate_size)
         per_token = 8 * model.hidden_size + 4 * widest.intermediate_size

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
+from intraslice_jax.parallel.placement import mesh_of
 from intraslice_jax.prune.attention import AttentionPlan, HeadEnergies, fuse_attention, plan_widths, query_key_maps
 from intraslice_jax.prune.calibration import AttentionCalibration, MLPCalibration
 from intraslice_jax.prune.heads import choose_heads
@@ -16,6 +17,7 @@ from intraslice_jax.prune.linalg import solver_precision, to_solver
 from intraslice_jax.prune.method import PrunedAttention, PrunedMLP
 from intraslice_jax.prune.mixtures import better_mlp
 from intraslice_jax.prune.mlp import eliminate, fuse_mlp, select_channels
+from intraslice_jax.prune.mlp_on_mesh import fuse_mlp_on_mesh
 from intraslice_jax.prune.spectra import value_spectra
 from intraslice_jax.prune.uniform import UniformLayout
 
@@ -67,12 +69,15 @@ class IntraSlice:
     def prune_mlp(self, layer: MLPCalibration, keep: int) -> PrunedMLP:
         """Channel selection and compensation, or learned mixtures where they are wanted and better."""
         arrays, moments, damping = layer.arrays, layer.moments, layer.config.damping
-        with solver_precision():
-            if layer.config.selection == "obs":
-                kept = eliminate(arrays, moments, layer.tokens, keep, damping)
-            else:
-                kept = select_channels(to_solver(moments.gram), to_solver(arrays["down_proj"]), keep)
-            plain = fuse_mlp(arrays, moments, layer.tokens, kept, damping)
+        if mesh_of(moments) is not None:
+            plain = fuse_mlp_on_mesh(arrays, moments, layer.tokens, keep, damping, layer.config.selection)
+        else:
+            with solver_precision():
+                if layer.config.selection == "obs":
+                    kept = eliminate(arrays, moments, layer.tokens, keep, damping)
+                else:
+                    kept = select_channels(to_solver(moments.gram), to_solver(arrays["down_proj"]), keep)
+                plain = fuse_mlp(arrays, moments, layer.tokens, kept, damping)
         if not self._wants_mixtures(layer, keep):
             return plain
         return better_mlp(layer, plain, keep, IterativeSettings())

@@ -25,7 +25,7 @@ class Solution(NamedTuple):
 @contextlib.contextmanager
 def solver_precision() -> Iterator[None]:
     """Runs the enclosed solves in float64, on the host where the accelerator has no float64."""
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     if device.platform not in ("cpu", "gpu"):
         device = jax.local_devices(backend="cpu")[0]
     with jax.enable_x64(True), jax.default_device(device):

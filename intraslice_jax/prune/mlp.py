@@ -20,8 +20,14 @@ def rank_channels(
     gram: Float[Array, "inner inner"], down_proj: Float[Array, "inner hidden"]
 ) -> Int[np.ndarray, " inner"]:
     """Channels by falling ||W_d[j]||^2 H_jj (docs/method.md 3.1)."""
-    scores = np.diagonal(np.asarray(gram)) * np.square(np.asarray(down_proj)).sum(-1)
-    return np.argsort(-scores, kind="stable")
+    return rank_energies(np.diagonal(np.asarray(gram)), np.asarray(down_proj))
+
+
+def rank_energies(
+    energies: Float[np.ndarray, " inner"], down_proj: Float[np.ndarray, "inner hidden"]
+) -> Int[np.ndarray, " inner"]:
+    """`rank_channels` given the Gram matrix's diagonal."""
+    return np.argsort(-energies * np.square(down_proj).sum(-1), kind="stable")
 
 
 def select_channels(

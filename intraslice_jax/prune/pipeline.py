@@ -10,13 +10,17 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from intraslice_jax.config import LayerShape, PruneConfig
 from intraslice_jax.environment import StageClock
 from intraslice_jax.errors import InputError
-from intraslice_jax.model import LanguageModel
+from intraslice_jax.model import LanguageModel, on_mesh
 from intraslice_jax.models.decoder import block_from_arrays, decoder_from_arrays, decoder_to_arrays
+from intraslice_jax.parallel.distributed import agree
+from intraslice_jax.parallel.mesh import ways
+from intraslice_jax.parallel.placement import gathered, mesh_of, put_weights
 from intraslice_jax.prune.biases import with_output_biases
 from intraslice_jax.prune.budget import LayerRatios, Ledger
 from intraslice_jax.prune.calibration import (
@@ -59,6 +63,7 @@ def prune_model(
     on_layer: Callable[[LayerRecord], None] | None = None,
     on_batch: Callable[[int, int], None] | None = None,
     ratios: LayerRatios | None = None,
+    mesh: Mesh | None = None,
 ) -> LanguageModel:
     """A really smaller model (paper algorithm 1 with the fused weights kept; docs/method.md sections 2 and 3).
 
@@ -69,9 +74,11 @@ def prune_model(
         on_layer: called after each layer with its record.
         on_batch: called while the ratios are estimated with the sequences done and their number.
         ratios: given, they are used instead of what `config.ratios` estimates.
+        mesh: to spread the work over (`intraslice_jax.parallel.mesh`); None leaves the model on the device or the
+            mesh that it is on.
 
     Returns:
-        The pruned model; its `report` holds the records and the fractions removed.
+        The pruned model, on the same devices; its `report` holds the records and the fractions removed.
 
     Raises:
         InputError: the windows or the configuration do not fit the model, or a weight is not finite.
@@ -80,14 +87,16 @@ def prune_model(
     clock = StageClock()
     method = create_method(config.method)
     _check_windows(model, windows)
+    mesh = mesh or mesh_of(model.decoder)
+    model = on_mesh(model, mesh)
     check_weights(decoder_to_arrays(model.decoder))
     dense = model.config
     if config.output_biases:
-        model = with_output_biases(model)
+        model = on_mesh(with_output_biases(model), mesh)
     with jax.default_matmul_precision("highest"):
         ratios = ratios or estimate_ratios(model, windows, config, on_batch)
         clock.finish("ratios")
-        batch = batch_size(model.config, windows.shape, config)
+        batch = batch_size(model.config, windows.shape, config, ways(mesh))
         layout = None
         if config.layout == "uniform":
             layout = plan_uniform_layout(model, ResidualStream.start(model, windows, batch), ratios, config)
@@ -98,6 +107,7 @@ def prune_model(
     for i, block in enumerate(blocks):
         arrays |= {f"layers.{i}.{name}": array for name, array in block.arrays.items()}
     pruned = model.config.with_layers(tuple(block.shape for block in blocks))
+    arrays = arrays if mesh is None else put_weights(arrays, mesh)
     clock.finish("layers")
     report = {
         "sparsity": config.sparsity,
@@ -139,6 +149,7 @@ def _prune_layers(
     records: list[LayerRecord] = []
     for i, block in enumerate(model.decoder.layers):
         started = time.monotonic()
+        block = gathered(block)
         arrays = decoder_to_arrays(block)
         attention = method.prune_attention(
             AttentionCalibration(
@@ -146,13 +157,15 @@ def _prune_layers(
             ),
             ratios.attention[i],
         )
+        agree(f"{attention.shape} {attention.heads}", f"layer {i}, attention")
         ledger.attention_done(i, attention.shape)
-        arrays = replace(arrays, "attention", attention.arrays)
+        arrays = replace(arrays, "attention", attention.arrays, stream.mesh)
 
         width = ledger.mlp_width(i) if layout is None else layout.intermediate_size
         calibration = MLPCalibration.run(i, model.config, attention.shape, arrays, stream, config)
         mlp = method.prune_mlp(calibration, width)
-        arrays = replace(arrays, "mlp", mlp.arrays)
+        agree(f"{None if mlp.channels is None else list(mlp.channels)}", f"layer {i}, MLP")
+        arrays = replace(arrays, "mlp", mlp.arrays, stream.mesh)
 
         shape = dataclasses.replace(attention.shape, intermediate_size=width)
         stream.batches = calibration.outputs(block_from_arrays(model.config, shape, arrays), mlp.channels)
@@ -180,6 +193,11 @@ def _prune_layers(
 
 def _check_windows(model: LanguageModel, windows: np.ndarray) -> None:
     samples, seq = windows.shape
+    if samples < jax.process_count():
+        raise InputError(
+            f"{jax.process_count()} processes cannot share {samples} calibration windows; raise --samples to at least "
+            f"{jax.process_count()}, or start fewer processes"
+        )
     if samples < 1 or seq < 2:
         raise InputError(f"calibration needs at least one window of two tokens, found {samples} of {seq}")
     if seq > model.config.max_position_embeddings:

@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -16,6 +14,8 @@ from intraslice_jax.config import PruneConfig
 from intraslice_jax.model import LanguageModel
 from intraslice_jax.models.decoder import Block, block_from_arrays, decoder_to_arrays, run_block
 from intraslice_jax.models.head import token_kl
+from intraslice_jax.parallel.mesh import ways
+from intraslice_jax.parallel.placement import gathered, mesh_of, put_batch, to_host
 from intraslice_jax.prune.allocation import allocate_by_cost
 from intraslice_jax.prune.budget import LayerRatios, narrowest
 from intraslice_jax.prune.calibration import AttentionCalibration, MLPCalibration, ResidualStream, batch_size, replace
@@ -80,14 +80,19 @@ def _pruned_alone(model: LanguageModel, windows: np.ndarray, config: PruneConfig
     """(0 for attention or 1 for MLP, layer, the layer with only that module pruned)."""
     method, dense = create_method(config.method), model.config
     config = dataclasses.replace(config, iterative="never")
-    stream = ResidualStream.start(model, windows, batch_size(dense, windows.shape, config))
+    rows = ways(mesh_of(model.decoder))
+    stream = ResidualStream.start(model, windows, batch_size(dense, windows.shape, config, rows))
     anything = (0, dense.block_parameters())
-    for i, block in enumerate(model.decoder.layers):
+    for i, block in enumerate(map(gathered, model.decoder.layers)):
         shape, arrays = dense.layers[i], decoder_to_arrays(block)
         attention = method.prune_attention(
             AttentionCalibration(i, block, shape, stream, config, dense, anything), config.sparsity
         )
-        yield 0, i, block_from_arrays(dense, attention.shape, replace(arrays, "attention", attention.arrays))
+        yield (
+            0,
+            i,
+            block_from_arrays(dense, attention.shape, replace(arrays, "attention", attention.arrays, stream.mesh)),
+        )
 
         calibration = MLPCalibration.run(i, dense, shape, arrays, stream, config)
         inner = shape.intermediate_size
@@ -97,7 +102,9 @@ def _pruned_alone(model: LanguageModel, windows: np.ndarray, config: PruneConfig
             1,
             i,
             block_from_arrays(
-                dense, dataclasses.replace(shape, intermediate_size=keep), replace(arrays, "mlp", mlp.arrays)
+                dense,
+                dataclasses.replace(shape, intermediate_size=keep),
+                replace(arrays, "mlp", mlp.arrays, stream.mesh),
             ),
         )
         stream.batches = calibration.outputs(block, np.arange(inner))
@@ -114,21 +121,21 @@ class _Tail:
 
     @classmethod
     def start(cls, model: LanguageModel, windows: np.ndarray) -> _Tail:
-        tokens = jnp.asarray(windows, jnp.int32)
+        tokens = put_batch(windows.astype(np.int32), mesh_of(model.decoder))
         return cls(model, 0, model.decoder.embed(tokens), model.decoder.hidden_states(tokens))
 
     def advance(self) -> None:
         """Goes on to the next layer."""
-        self.x = run_block(self.model.decoder.layers[self.layer], self.x, self._rope)
+        self.x = run_block(gathered(self.model.decoder.layers[self.layer]), self.x, self._rope)
         self.layer += 1
 
     def divergence(self, block: Block) -> float:
         """Mean divergence when the layer at hand is replaced."""
         decoder, x = self.model.decoder, run_block(block, self.x, self._rope)
         for later in list(decoder.layers)[self.layer + 1 :]:
-            x = run_block(later, x, self._rope)
+            x = run_block(gathered(later), x, self._rope)
         divergence = token_kl(decoder, self.final, decoder.norm(x))
-        return float(jax.device_get(divergence).mean(dtype=np.float64))
+        return float(to_host(divergence).mean(dtype=np.float64))
 
     @property
     def _rope(self):

@@ -13,6 +13,7 @@ from intraslice_jax.config import LayerShape, ModelConfig, PruneConfig
 from intraslice_jax.errors import InputError
 from intraslice_jax.model import LanguageModel
 from intraslice_jax.models.decoder import run_block
+from intraslice_jax.parallel.placement import gathered
 from intraslice_jax.prune.attention import AttentionPlan, HeadEnergies, even_width, plan_widths
 from intraslice_jax.prune.budget import TOLERANCE, LayerRatios, narrowest
 from intraslice_jax.prune.calibration import AttentionCalibration, ResidualStream
@@ -67,7 +68,7 @@ def plan_uniform_layout(
     check_uniform_layout(model.config, ratios, config)
     energies: list[HeadEnergies] = []
     scores: list[np.ndarray] = []
-    for i, block in enumerate(model.decoder.layers):
+    for i, block in enumerate(map(gathered, model.decoder.layers)):
         shape = model.config.layers[i]
         whole = (0, model.config.attention_parameters(shape))
         calibration = AttentionCalibration(i, block, shape, stream, config, model.config, whole)

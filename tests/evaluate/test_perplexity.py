@@ -9,10 +9,11 @@ from flax import nnx
 
 from intraslice_jax.config import LayerShape, ModelConfig
 from intraslice_jax.errors import InputError, RunError
-from intraslice_jax.evaluate.perplexity import _even_batch, automatic_batch, perplexity
+from intraslice_jax.evaluate.perplexity import automatic_batch, perplexity
 from intraslice_jax.model import LanguageModel
 from intraslice_jax.models.decoder import Decoder, decoder_from_arrays, decoder_to_arrays, run_block
 from intraslice_jax.models.head import CHUNK, token_nll
+from intraslice_jax.parallel.batches import even_batch
 
 LAYERS = (LayerShape((0, 0, 1), 8, 8, 6, 24), LayerShape((0, 1), 4, 4, 5, 10))
 
@@ -98,7 +99,7 @@ def test_batches_fit_the_budget_and_are_even():
     config = make().config
     assert automatic_batch(config, 64) > automatic_batch(config, 2048) >= 1
     assert automatic_batch(config, 64, memory_budget=1) == 1
-    assert [_even_batch(10, most) for most in (1, 4, 6, 10, 99)] == [1, 4, 5, 10, 10]
+    assert [even_batch(10, most) for most in (1, 4, 6, 10, 99)] == [1, 4, 5, 10, 10]
 
 
 @pytest.mark.parametrize(

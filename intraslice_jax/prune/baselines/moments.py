@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from intraslice_jax.calibrate.statistics import GramMoments, zeros_like_moments
 from intraslice_jax.models.decoder import Block
 from intraslice_jax.models.rope import RopeTable
+from intraslice_jax.parallel.moments import MomentSum
 from intraslice_jax.prune.calibration import AttentionCalibration, check_finite
 
 
@@ -21,10 +22,11 @@ def attention_moments(layer: AttentionCalibration) -> GramMoments:
         RunError: an entry is not finite.
     """
     channels = layer.shape.num_attention_heads * layer.shape.v_head_dim
-    moments = zeros_like_moments(GramMoments, gram=(channels, channels), total=(channels,))
-    for x in layer.stream.batches:
-        moments = _add(moments, layer.block, x, layer.stream.rope)
-    return check_finite(layer.index, "attention", moments)
+    empty = zeros_like_moments(GramMoments, gram=(channels, channels), total=(channels,))
+    total, stream = MomentSum(empty, layer.stream.mesh), layer.stream
+    for x, real in zip(stream.batches, stream.real, strict=True):
+        total.add(_add, real, 1, layer.block, x, stream.rope)
+    return check_finite(layer.index, "attention", total.total())
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -1,0 +1,129 @@
+"""Several processes on this machine, connected by gloo."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from intraslice_jax import api
+from intraslice_jax.cli import main
+from intraslice_jax.config import ParallelConfig, PruneConfig
+from intraslice_jax.errors import InputError
+from intraslice_jax.models.decoder import decoder_to_arrays
+from intraslice_jax.parallel import distributed
+from intraslice_jax.prune.pipeline import prune_model
+from tests.prune.flavours import make, windows
+from tests.tiny import tiny_text, write_tiny_llama
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def start(command: list[str], devices: int = 1) -> subprocess.Popen:
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, text=True, **pipes)
+
+
+def finish(processes: list[subprocess.Popen], timeout: float = 240) -> list[tuple[int, str, str]]:
+    """Exit code, standard output and standard error of each; none outlives the test."""
+    try:
+        outputs = [process.communicate(timeout=timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
+
+
+def test_two_processes_write_the_checkpoint_of_one(tmp_path):
+    model = write_tiny_llama(tmp_path / "model", num_hidden_layers=1)
+    (tmp_path / "text").write_text(tiny_text())
+    options = [
+        *("prune", str(model), "--calibration", str(tmp_path / "text"), "--samples", "10"),
+        *("--sequence-length", "32", "--align", "1", "--output"),
+    ]
+    port = free_port()
+    together = finish(
+        [
+            start(
+                [
+                    *("-m", "intraslice_jax", *options, str(tmp_path / "two"), "--num-processes", "2"),
+                    *("--process-id", str(i), "--coordinator", f"localhost:{port}"),
+                ],
+                devices=4,
+            )
+            for i in range(2)
+        ]
+    )
+    for code, _, errors in together:
+        assert code == 0, errors
+    assert "removed" in together[0][1]
+    assert together[1][1] == ""  # only the first speaks
+    assert "layer 0" not in together[1][2]
+    assert main([*options, str(tmp_path / "one")]) == 0
+    one, two = api.restore(tmp_path / "one"), api.restore(tmp_path / "two")
+    assert two.config == one.config
+    expected, found = decoder_to_arrays(one.decoder), decoder_to_arrays(two.decoder)
+    for name, array in expected.items():
+        np.testing.assert_allclose(found[name], array, atol=5e-5 * np.abs(np.asarray(array)).max())
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two")]
+    assert reports[0]["layers"][0]["kept_heads"] == reports[1]["layers"][0]["kept_heads"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "one", "text", "two"]  # no partial folder
+
+
+def peer(port: int, number: int, fate: str) -> subprocess.Popen:
+    return start(["-m", "tests.parallel.peers", str(port), str(number), fate])
+
+
+@pytest.mark.parametrize(
+    ("fate", "code", "message"),
+    [("die", -9, "process 1 gave no sign of life for 3 s"), ("fail", 2, "process 1 failed: the text is gone")],
+)
+def test_a_process_that_is_lost(fate, code, message):
+    port = free_port()
+    first, second = finish([peer(port, 0, "wait"), peer(port, 1, fate)], timeout=100)
+    assert second[0] == code
+    assert first[0] == 1
+    assert message in first[2]
+
+
+def test_a_process_that_never_comes():
+    ((code, output, errors),) = finish([peer(free_port(), 0, "alone")], timeout=100)
+    assert code == 1
+    assert "started" not in output
+    assert "after 2 s not all of 2 processes at localhost" in errors
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"coordinator": "localhost:1"}, "--coordinator without --num-processes, --process-id"),
+        ({"coordinator": "localhost:1", "num_processes": 2, "process_id": 2}, "--process-id 2 is not below"),
+        ({"distributed": True}, "no TPU pod slice, Slurm or Open MPI job"),
+    ],
+)
+def test_options_that_do_not_go_together(options, message):
+    with pytest.raises(InputError, match=message):
+        distributed.start(ParallelConfig(**options))
+
+
+@pytest.mark.parametrize("options", [{"coordinator": "here"}, {"peer_timeout": 0}])
+def test_options_out_of_range(options):
+    with pytest.raises(InputError):
+        ParallelConfig(**options)
+
+
+def test_more_processes_than_sequences(monkeypatch):
+    monkeypatch.setattr("jax.process_count", lambda: 3)
+    with pytest.raises(InputError, match="3 processes cannot share 2 calibration windows"):
+        prune_model(make("gqa"), windows(2), PruneConfig())
