@@ -64,10 +64,16 @@ def test_attention_moments(flavour, layer, seq):
     close(moments.head_gram, np.einsum("bthv,bthw->hvw", y, y))
     close(moments.pair_scores, np.abs(q * k).sum((0, 1)))
     rotary, to_kv = model.config.layers[layer].rotary_dim, np.asarray(model.config.layers[layer].query_to_kv)
-    rest_k = k[:, :, [list(to_kv).index(kv) for kv in range(to_kv[-1] + 1)], rotary:]  # k comes per query head
-    for gram, rest in ((moments.rest_query_gram, q[..., rotary:]), (moments.rest_key_gram, rest_k)):
-        if rest.size:
-            close(gram, np.einsum("bthv,bthw->hvw", rest, rest))
+    k = k[:, :, [list(to_kv).index(kv) for kv in range(to_kv[-1] + 1)]]  # k comes per query head
+    for gram, part in (
+        (moments.rotary_query_gram, q[..., :rotary]),
+        (moments.rotary_key_gram, k[..., :rotary]),
+        (moments.rest_query_gram, q[..., rotary:]),
+        (moments.rest_key_gram, k[..., rotary:]),
+    ):
+        if part.size:
+            close(gram, np.einsum("bthv,bthw->hvw", part, part))
+    close(moments.rotary_key_sum, k[..., :rotary].sum((0, 1)))
 
 
 @pytest.mark.parametrize(("flavour", "layer"), EVERY_LAYER)
