@@ -30,6 +30,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+# transformers 5.24 gave the argument and the output `past_key_values` the name `cache`.
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
 
 @strict
 class IntraSliceConfig(PreTrainedConfig):
@@ -40,7 +43,7 @@ class IntraSliceConfig(PreTrainedConfig):
     """
 
     model_type = "intraslice"
-    keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar = [CACHE]
     # The name that transformers looks for to see that keys and values may differ in width.
     attribute_map: ClassVar = {"qk_head_dim": "head_dim"}
 
@@ -218,9 +221,9 @@ class IntraSliceAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        cache: Cache | None = kwargs.pop(CACHE, None)
         rows = hidden_states.shape[:-1]
         query = self.q_proj(hidden_states).view(*rows, -1, self.head_dim).transpose(1, 2)
         key = self.k_proj(hidden_states).view(*rows, -1, self.head_dim).transpose(1, 2)
@@ -230,8 +233,8 @@ class IntraSliceAttention(nn.Module):
             cos, sin = (table[..., self.rope_pairs].transpose(1, 2) for table in position_embeddings)
             key = rotate(key, cos, sin)
             query = rotate(query, cos.index_select(1, self.query_to_kv), sin.index_select(1, self.query_to_kv))
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         if self.ragged:
             key, value = key.index_select(1, self.query_to_kv), value.index_select(1, self.query_to_kv)
 
@@ -301,7 +304,7 @@ class IntraSlicePreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["IntraSliceDecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = [CACHE]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True
@@ -336,28 +339,33 @@ class IntraSliceModel(IntraSlicePreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         hidden_states: torch.Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None] + seen
 
         layer_types = self.config.layer_types
         masks: Any = attention_mask
         if not isinstance(masks, dict):  # generate() may have made them
-            makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+            makers: dict[str, Any] = {
+                "full_attention": create_causal_mask,
+                "sliding_attention": create_sliding_window_causal_mask,
+            }
             masks = {
                 kind: makers[kind](
                     config=self.config,
                     inputs_embeds=hidden_states,
                     attention_mask=attention_mask,
-                    past_key_values=past_key_values,
                     position_ids=position_ids,
+                    **{CACHE: cache},
                 )
                 for kind in sorted(set(layer_types))
             }
@@ -369,14 +377,12 @@ class IntraSliceModel(IntraSlicePreTrainedModel):
                 position_embeddings=position_embeddings,
                 attention_mask=masks[kind],
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
+                **{CACHE: cache},
                 **kwargs,
             )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values if use_cache else None,
-        )
+        kept: dict[str, Any] = {CACHE: cache if use_cache else None}
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **kept)
 
 
 class IntraSliceForCausalLM(IntraSlicePreTrainedModel, GenerationMixin):
@@ -402,15 +408,16 @@ class IntraSliceForCausalLM(IntraSlicePreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=past_key_values if cache is None else cache,
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -418,25 +425,20 @@ class IntraSliceForCausalLM(IntraSlicePreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        rest: dict[str, Any] = {name: getattr(outputs, name) for name in (CACHE, "hidden_states", "attentions")}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:  # pyright: ignore
         """Starts the cache anew where `longrope` changes from the short to the long frequencies.
 
         Cached keys were rotated with the frequencies of their time; behind the original context they no longer fit.
         """
-        rope, cache, mask = self.config.rope_parameters, kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        rope, cache, mask = self.config.rope_parameters, kwargs.get(CACHE), kwargs.get("attention_mask")
         if rope["rope_type"] == "longrope" and cache is not None:
             limit, cached = rope["original_max_position_embeddings"], cache.get_seq_length()
             length = input_ids.shape[1] if mask is None else int(mask.sum(-1).max())
             if cached and length - (input_ids.shape[1] - cached) <= limit < length:
-                kwargs["past_key_values"] = None
+                kwargs[CACHE] = None
                 if "next_sequence_length" in kwargs:
                     kwargs["next_sequence_length"] = None  # all tokens again, not the last one only
         return super().prepare_inputs_for_generation(input_ids, **kwargs)  # pyright: ignore

@@ -39,7 +39,8 @@ def run(options: Options) -> None:
 
     if not options.runs:
         raise InputError("no run was given; name one or more folders that `intraslice prune` wrote")
-    if len(options.runs) > 1 and options.output is None:
+    first, *others = options.runs
+    if others and options.output is None:
         raise InputError(f"{len(options.runs)} runs are compared in a folder of their own; pass --output OUT")
     if options.output is not None:
         check_output(options.output, options.overwrite)
@@ -47,12 +48,12 @@ def run(options: Options) -> None:
     from intraslice_jax.report.single import write_report
 
     if options.output is None:
-        target = Path(options.runs[0])
+        target = Path(first)
         drawn = write_report(target)
     else:
         target = options.output
         with atomic_folder(options.output, options.overwrite) as folder:
-            drawn = write_report(options.runs[0], folder) if len(options.runs) == 1 else _compare(options.runs, folder)
+            drawn = _compare(options.runs, folder) if others else write_report(first, folder)
     if not drawn:
         say("matplotlib is not installed, so there are no pictures; pip install 'intraslice-jax[report]'")
     print(f"{target / 'report.html'}: written")

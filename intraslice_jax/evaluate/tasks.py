@@ -149,16 +149,17 @@ class IntraSliceLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Continuations up to the first stop sequence, which is left out."""
         del disable_tqdm
+        arguments: list[Any] = [request.args for request in requests]
         collator = Collator(
-            [request.args for request in requests],
-            sort_fn=lambda arguments: (-len(arguments[0]), arguments[0]),
-            group_fn=lambda arguments: arguments[1],
+            arguments,
+            sort_fn=lambda pair: (-len(pair[0]), pair[0]),
+            group_fn=lambda pair: pair[1],
             group_by="gen_kwargs",
         )
         texts: list[str] = []
         chunks: Any = collator.get_batched(n=self._generation_batch())
         for chunk in chunks:
-            contexts, settings = [arguments[0] for arguments in chunk], chunk[0][1]
+            contexts, settings = [pair[0] for pair in chunk], chunk[0][1]
             for context, text in zip(contexts, self._generate(contexts, settings), strict=True):
                 texts.append(text)
                 self.cache_hook.add_partial("generate_until", (context, settings), text)

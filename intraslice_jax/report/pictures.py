@@ -63,7 +63,7 @@ def _axes(height: float = 2.9, ylabel: str = "") -> tuple[Figure, Axes]:
     axes.set_ylabel(ylabel)
     axes.set_xlabel("layer")
     axes.grid(alpha=0.3)
-    axes.xaxis.get_major_locator().set_params(integer=True)  # pyright: ignore[reportAttributeAccessIssue]
+    axes.xaxis.get_major_locator().set_params(integer=True)  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
     return figure, axes
 
 
@@ -105,7 +105,7 @@ def _heads(report: Mapping[str, Any]) -> Figure:
     axes.set_xlabel("query head; grey: dropped, colours: KV heads")
     axes.set_ylabel("layer")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.get_major_locator().set_params(integer=True)  # pyright: ignore[reportAttributeAccessIssue]
+        axis.get_major_locator().set_params(integer=True)  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
     return figure
 
 
