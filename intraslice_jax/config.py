@@ -246,6 +246,8 @@ class PruneConfig:
             of the greatest effect on the module's output (`outputs`).
         pair_selection: how RoPE pairs are chosen: `products` (the paper's) by the mean |q k| of one position, `logits`
             by their joint effect on the attention logits, kept pairs making up for dropped ones.
+        refine: passes over the calibration text in which each pruned layer is learned further towards the dense model's
+            output, 0 for none.
         output_biases: give the o- and down-projections biases where the family has none, for methods that fill
             them (intraslice, flap, obs).
         batch_size: calibration windows per step, 0 to choose it from `memory_budget`.
@@ -267,6 +269,7 @@ class PruneConfig:
     selection: Literal["energy", "obs"] = "energy"
     value_basis: Literal["activations", "outputs"] = "activations"
     pair_selection: Literal["products", "logits"] = "products"
+    refine: int = 0
     output_biases: bool = False
     batch_size: int = 0
     memory_budget: int = 512 * 2**20
@@ -294,6 +297,8 @@ class PruneConfig:
             raise InputError(f"value_basis must be activations or outputs, found {self.value_basis!r}")
         if self.pair_selection not in ("products", "logits"):
             raise InputError(f"pair_selection must be products or logits, found {self.pair_selection!r}")
+        if self.refine < 0:
+            raise InputError(f"refine must be 0 (not at all) or more passes, found {self.refine}")
         if self.batch_size < 0:
             raise InputError(f"batch_size must be 0 (automatic) or more, found {self.batch_size}")
 

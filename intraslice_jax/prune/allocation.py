@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
+from scipy.optimize import isotonic_regression
 
 from intraslice_jax.config import LayerShape, ModelConfig, PruneConfig
 from intraslice_jax.errors import InputError, RunError
@@ -75,14 +76,22 @@ def allocate_evenly(config: ModelConfig, prune: PruneConfig) -> LayerRatios:
     )
 
 
-def allocate_by_cost(config: ModelConfig, costs: tuple[np.ndarray, np.ndarray], prune: PruneConfig) -> LayerRatios:
-    """Ratios r of all modules, attentions and MLPs together, that minimise the sum of cost x r^2 within the budget.
+def allocate_by_curves(
+    config: ModelConfig,
+    points: tuple[float, ...],
+    costs: tuple[Float[np.ndarray, "layers points"], Float[np.ndarray, "layers points"]],
+    prune: PruneConfig,
+) -> LayerRatios:
+    """Ratios of all modules, attentions and MLPs together, whose costs add up to the least within the budget.
 
-    The minimum has r in proportion to a module's parameters by its cost, except where a cap cuts.
+    Between its points a module's cost is a power of the ratio; below the first one it is taken to grow with the square,
+    beyond the last one as between the last two. At the minimum one more parameter costs the same in every module,
+    except where a cap cuts.
 
     Args:
         config: the model.
-        costs: of the attentions and of the MLPs, per layer; more than 0.
+        points: ascending ratios in (0, 1] at which costs were measured.
+        costs: of the attentions and of the MLPs; more than 0.
         prune: budget, caps and alignment.
 
     Raises:
@@ -91,10 +100,43 @@ def allocate_by_cost(config: ModelConfig, costs: tuple[np.ndarray, np.ndarray], 
     kinds = modules(config, prune)
     check_reachable(*kinds, prune)
     both = Modules(*(np.concatenate([getattr(kind, name) for kind in kinds]) for name in ("parameters", "caps")))
-    ratios = both.parameters / np.concatenate(costs)
+    steps, prices = _marginal_costs(points, np.concatenate(costs), both)
     target = both.target(prune.sparsity)
-    ratios = cap_and_spread(ratios * (target / float(both.parameters @ ratios)), both, target)
+    # The cheapest steps of all modules first; the last one goes in part.
+    order = np.argsort(prices, axis=None, kind="stable")
+    sizes = (np.diff(steps, axis=1) * both.parameters[:, None]).reshape(-1)[order]
+    before = np.cumsum(sizes) - sizes
+    taken = np.zeros(prices.size)
+    taken[order] = np.clip((target - before) / np.maximum(sizes, np.finfo(np.float64).tiny), 0, 1)
+    ratios = (taken.reshape(prices.shape) * np.diff(steps, axis=1)).sum(1)
+    ratios = cap_and_spread(ratios, both, target)
     return LayerRatios(*(tuple(float(r) for r in part) for part in np.split(ratios, 2)))
+
+
+STEPS = 5000
+"""Into how many steps a module's range of ratios is cut."""
+
+
+def _marginal_costs(
+    points: tuple[float, ...], costs: Float[np.ndarray, "modules points"], group: Modules
+) -> tuple[Float[np.ndarray, "modules steps_1"], Float[np.ndarray, "modules steps"]]:
+    """Ratios from 0 to each module's cap, and the cost of a parameter on the way from one to the next.
+
+    The costs never fall along a module: what a curve gives back is spread evenly over the steps before it, which makes
+    it convex.
+    """
+    steps = np.linspace(0.0, 1.0, STEPS + 1)[None] * group.caps[:, None]
+    log_points, log_costs = np.log(np.asarray(points)), np.log(np.maximum.accumulate(costs, axis=1))
+    logs = np.log(np.maximum(steps, 1e-12))
+    curves = np.empty_like(steps)
+    for i, (x, y) in enumerate(zip(logs, log_costs, strict=True)):
+        last = (y[-1] - y[-2]) / (log_points[-1] - log_points[-2]) if len(y) > 1 else 2.0
+        inside = np.interp(x, log_points, y)
+        below, above = y[0] + 2.0 * (x - log_points[0]), y[-1] + last * (x - log_points[-1])
+        curves[i] = np.exp(np.where(x < log_points[0], below, np.where(x > log_points[-1], above, inside)))
+    curves[:, 0] = 0.0
+    prices = np.diff(curves, axis=1) / np.maximum(np.diff(steps, axis=1) * group.parameters[:, None], 1e-300)
+    return steps, np.stack([isotonic_regression(row).x for row in prices])
 
 
 def _per_kind(config: ModelConfig, prune: PruneConfig, ratios_of) -> LayerRatios:

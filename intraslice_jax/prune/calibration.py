@@ -98,6 +98,7 @@ class AttentionCalibration:
         """The attention's weights by name (`q_proj` [hidden, heads, qk], ...), whole on one device."""
         return local(part(decoder_to_arrays(self.block), "attention"))
 
+    @functools.cached_property
     def head_moments(self) -> AttentionMoments:
         """Per-head second moments of the o-projection's input, and query-key scores."""
         total = MomentSum(statistics.empty_attention_moments(self.shape), self.stream.mesh)

@@ -167,6 +167,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "fisher_pca": FisherPCA(),
     "fisher_components": FisherComponents(),
     "kl": KLSensitivity(),
+    "kl_curves": KLSensitivity((0.5, 1.0, 1.75)),
 }
 """Known estimators; may be added to."""
 

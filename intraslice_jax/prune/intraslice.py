@@ -37,7 +37,7 @@ class IntraSlice:
 
     def prune_attention(self, layer: AttentionCalibration, ratio: float) -> PrunedAttention:
         """Heads and widths, RoPE pairs, value basis, ridge compensation, in two passes over the text."""
-        shape, arrays, moments = layer.shape, layer.arrays, layer.head_moments()
+        shape, arrays, moments = layer.shape, layer.arrays, layer.head_moments
         channels_in = shape.num_attention_heads * shape.v_head_dim
         with solver_precision():
             energies = HeadEnergies(arrays["o_proj"], moments.head_gram)

@@ -17,7 +17,7 @@ from intraslice_jax.config import LayerShape, PruneConfig
 from intraslice_jax.environment import StageClock
 from intraslice_jax.errors import InputError
 from intraslice_jax.model import LanguageModel, on_mesh
-from intraslice_jax.models.decoder import block_from_arrays, decoder_from_arrays, decoder_to_arrays
+from intraslice_jax.models.decoder import block_from_arrays, decoder_from_arrays, decoder_to_arrays, run_block
 from intraslice_jax.parallel.distributed import agree
 from intraslice_jax.parallel.mesh import ways
 from intraslice_jax.parallel.placement import gathered, mesh_of, put_weights
@@ -35,6 +35,7 @@ from intraslice_jax.prune.estimators import estimate_ratios
 from intraslice_jax.prune.intraslice import IntraSlice
 from intraslice_jax.prune.method import PruningMethod
 from intraslice_jax.prune.methods import create_method
+from intraslice_jax.prune.refine import RefineSettings, refine_block
 from intraslice_jax.prune.shapes import layer_changes
 from intraslice_jax.prune.uniform import UniformLayout, plan_uniform_layout
 
@@ -147,6 +148,7 @@ def _prune_layers(
     ledger = Ledger(model.config, ratios, config.align, config.max_ratio)
     blocks: list[PrunedBlock] = []
     records: list[LayerRecord] = []
+    dense = stream.batches
     for i, block in enumerate(model.decoder.layers):
         started = time.monotonic()
         block = gathered(block)
@@ -168,7 +170,17 @@ def _prune_layers(
         arrays = replace(arrays, "mlp", mlp.arrays, stream.mesh)
 
         shape = dataclasses.replace(attention.shape, intermediate_size=width)
-        stream.batches = calibration.outputs(block_from_arrays(model.config, shape, arrays), mlp.channels)
+        small, notes = block_from_arrays(model.config, shape, arrays), {"attention": attention.notes, "mlp": mlp.notes}
+        if config.refine:
+            dense = [run_block(block, x, stream.rope) for x in dense]
+            refined = refine_block(
+                small, stream.batches, dense, stream.real, stream.rope, RefineSettings(config.refine)
+            )
+            arrays, notes["refine"] = refined.arrays, refined.notes
+            small = block_from_arrays(model.config, shape, arrays)
+            stream.batches = [run_block(small, x, stream.rope) for x in stream.batches]
+        else:
+            stream.batches = calibration.outputs(small, mlp.channels)
         blocks.append(PrunedBlock(arrays, shape))
         record = LayerRecord(
             layer=i,
@@ -180,7 +192,7 @@ def _prune_layers(
             intermediate_size=width,
             attention_error=attention.relative_error,
             mlp_error=mlp.relative_error,
-            notes={"attention": attention.notes, "mlp": mlp.notes},
+            notes=notes,
             seconds=time.monotonic() - started,
         )
         records.append(record)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -16,7 +17,7 @@ from intraslice_jax.models.decoder import Block, block_from_arrays, decoder_to_a
 from intraslice_jax.models.head import token_kl
 from intraslice_jax.parallel.mesh import ways
 from intraslice_jax.parallel.placement import gathered, mesh_of, put_batch, to_host
-from intraslice_jax.prune.allocation import allocate_by_cost
+from intraslice_jax.prune.allocation import allocate_by_curves
 from intraslice_jax.prune.budget import LayerRatios, narrowest
 from intraslice_jax.prune.calibration import AttentionCalibration, MLPCalibration, ResidualStream, batch_size, replace
 from intraslice_jax.prune.methods import create_method
@@ -24,17 +25,26 @@ from intraslice_jax.prune.methods import create_method
 HELD_OUT = 1 / 16
 """Fraction of the calibration windows on which the divergence is measured."""
 
+JUDGED = 256
+"""Tokens at which predictions are compared, spread evenly over the held-out windows: the head costs more than all
+layers of a small model."""
+
 LEAST_COST = 1e-7
 """Nats per token: below it, divergences are rounding."""
 
 
 @dataclass(frozen=True)
 class KLSensitivity:
-    """One module after the other is pruned at the wanted sparsity, all else dense.
+    """One module after the other is pruned, all else dense, and the KL divergence is what that costs.
 
-    The KL divergence to the dense model's next-token distribution on held-out windows, taken to grow with the square
-    of the ratio, is what the module's pruning costs.
+    The divergence is that of the next-token distribution from the dense model's on held-out windows.
+
+    Attributes:
+        points: at which multiples of the wanted sparsity each module is pruned, ascending. Between them and beyond, the
+            cost is interpolated (`allocation.allocate_by_curves`).
     """
+
+    points: tuple[float, ...] = (1.0,)
 
     def __call__(
         self,
@@ -43,41 +53,55 @@ class KLSensitivity:
         config: PruneConfig,
         on_batch: OnBatch | None = None,
     ) -> LayerRatios:
-        """Ratios of the least total cost; `on_batch` is told the modules done and their number."""
-        attention, mlp = divergences(model, windows, config, on_batch)
-        return allocate_by_cost(model.config, (attention, mlp), config)
+        """Ratios of the least total cost; `on_batch` is told the measurements done and their number."""
+        ratios = tuple(sorted({min(config.sparsity * point, config.max_ratio) for point in self.points}))
+        return allocate_by_curves(model.config, ratios, divergences(model, windows, config, ratios, on_batch), config)
 
 
 def divergences(
     model: LanguageModel,
     windows: Int[np.ndarray, "samples seq"],
     config: PruneConfig,
+    ratios: tuple[float, ...],
     on_batch: OnBatch | None = None,
-) -> tuple[Float[np.ndarray, " layers"], Float[np.ndarray, " layers"]]:
+) -> tuple[Float[np.ndarray, "layers ratios"], Float[np.ndarray, "layers ratios"]]:
     """Mean KL divergence per token, in nats, that pruning each layer's attention, and each layer's MLP, alone gives.
 
     Args:
         model: dense, or pruned before.
         windows: int32 calibration tokens. The last ones are held out for the divergence, unless there is but one.
-        config: the method, and the sparsity that each module is pruned at.
-        on_batch: told the modules done and their number.
+        config: the method.
+        ratios: at which each module is pruned.
+        on_batch: told the measurements done and their number.
     """
     held_out = max(1, round(len(windows) * HELD_OUT))
     train = windows[:-held_out] if len(windows) > held_out else windows
     tail = _Tail.start(model, windows[-held_out:])
-    costs = np.zeros((2, model.config.num_layers))
-    for done, (kind, layer, block) in enumerate(_pruned_alone(model, train, config)):
-        if kind == 0 and layer:
+    costs = np.zeros((2, model.config.num_layers, len(ratios)))
+    for done, alone in enumerate(_pruned_alone(model, train, config, ratios), 1):
+        if alone.layer > tail.layer:
             tail.advance()
-        costs[kind, layer] = tail.divergence(block)
+        costs[alone.kind, alone.layer, alone.point] = tail.divergence(alone.block)
         if on_batch is not None:
-            on_batch(done + 1, costs.size)
+            on_batch(done, costs.size)
     costs = np.maximum(costs, LEAST_COST)
     return costs[0], costs[1]
 
 
-def _pruned_alone(model: LanguageModel, windows: np.ndarray, config: PruneConfig) -> Iterator[tuple[int, int, Block]]:
-    """(0 for attention or 1 for MLP, layer, the layer with only that module pruned)."""
+class _Alone(NamedTuple):
+    """A layer of which one module is pruned."""
+
+    kind: int
+    """0 for the attention, 1 for the MLP."""
+    layer: int
+    point: int
+    """Which of the ratios."""
+    block: Block
+
+
+def _pruned_alone(
+    model: LanguageModel, windows: np.ndarray, config: PruneConfig, ratios: tuple[float, ...]
+) -> Iterator[_Alone]:
     method, dense = create_method(config.method), model.config
     config = dataclasses.replace(config, iterative="never")
     rows = ways(mesh_of(model.decoder))
@@ -85,28 +109,18 @@ def _pruned_alone(model: LanguageModel, windows: np.ndarray, config: PruneConfig
     anything = (0, dense.block_parameters())
     for i, block in enumerate(map(gathered, model.decoder.layers)):
         shape, arrays = dense.layers[i], decoder_to_arrays(block)
-        attention = method.prune_attention(
-            AttentionCalibration(i, block, shape, stream, config, dense, anything), config.sparsity
-        )
-        yield (
-            0,
-            i,
-            block_from_arrays(dense, attention.shape, replace(arrays, "attention", attention.arrays, stream.mesh)),
-        )
+        before = AttentionCalibration(i, block, shape, stream, config, dense, anything)
+        for point, ratio in enumerate(ratios):
+            attention = method.prune_attention(before, ratio)
+            pruned = replace(arrays, "attention", attention.arrays, stream.mesh)
+            yield _Alone(0, i, point, block_from_arrays(dense, attention.shape, pruned))
 
-        calibration = MLPCalibration.run(i, dense, shape, arrays, stream, config)
-        inner = shape.intermediate_size
-        keep = max(narrowest(inner, config.align, 1.0), round(inner * (1 - config.sparsity)))
-        mlp = method.prune_mlp(calibration, keep)
-        yield (
-            1,
-            i,
-            block_from_arrays(
-                dense,
-                dataclasses.replace(shape, intermediate_size=keep),
-                replace(arrays, "mlp", mlp.arrays, stream.mesh),
-            ),
-        )
+        calibration, inner = MLPCalibration.run(i, dense, shape, arrays, stream, config), shape.intermediate_size
+        for point, ratio in enumerate(ratios):
+            keep = max(narrowest(inner, config.align, 1.0), round(inner * (1 - ratio)))
+            pruned = replace(arrays, "mlp", method.prune_mlp(calibration, keep).arrays, stream.mesh)
+            narrow = dataclasses.replace(shape, intermediate_size=keep)
+            yield _Alone(1, i, point, block_from_arrays(dense, narrow, pruned))
         stream.batches = calibration.outputs(block, np.arange(inner))
 
 
@@ -117,12 +131,16 @@ class _Tail:
     model: LanguageModel
     layer: int
     x: Float[Array, "batch seq hidden"]
-    final: Float[Array, "batch seq hidden"]
+    positions: Int[np.ndarray, " judged"]
+    final: Float[Array, "batch judged hidden"]
 
     @classmethod
     def start(cls, model: LanguageModel, windows: np.ndarray) -> _Tail:
         tokens = put_batch(windows.astype(np.int32), mesh_of(model.decoder))
-        return cls(model, 0, model.decoder.embed(tokens), model.decoder.hidden_states(tokens))
+        count, seq = windows.shape
+        positions = np.unique(np.linspace(0, seq - 1, max(1, min(JUDGED // count, seq))).round().astype(np.int32))
+        final = model.decoder.hidden_states(tokens)[:, positions]
+        return cls(model, 0, model.decoder.embed(tokens), positions, final)
 
     def advance(self) -> None:
         """Goes on to the next layer."""
@@ -134,7 +152,7 @@ class _Tail:
         decoder, x = self.model.decoder, run_block(block, self.x, self._rope)
         for later in list(decoder.layers)[self.layer + 1 :]:
             x = run_block(gathered(later), x, self._rope)
-        divergence = token_kl(decoder, self.final, decoder.norm(x))
+        divergence = token_kl(decoder, self.final, decoder.norm(x[:, self.positions]))
         return float(to_host(divergence).mean(dtype=np.float64))
 
     @property

@@ -72,7 +72,7 @@ def plan_uniform_layout(
         shape = model.config.layers[i]
         whole = (0, model.config.attention_parameters(shape))
         calibration = AttentionCalibration(i, block, shape, stream, config, model.config, whole)
-        moments = calibration.head_moments()
+        moments = calibration.head_moments
         with solver_precision():
             energies.append(HeadEnergies(calibration.arrays["o_proj"], moments.head_gram))
         scores.append(np.asarray(moments.pair_scores, np.float64))

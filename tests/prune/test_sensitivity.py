@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from intraslice_jax.config import PruneConfig
 from intraslice_jax.errors import InputError
 from intraslice_jax.models.decoder import decoder_from_arrays, decoder_to_arrays
-from intraslice_jax.prune.allocation import allocate_by_cost, modules
+from intraslice_jax.prune.allocation import allocate_by_curves, modules
 from intraslice_jax.prune.estimators import estimate_ratios
 from intraslice_jax.prune.pipeline import prune_model
 from intraslice_jax.prune.sensitivity import divergences
@@ -27,7 +27,7 @@ def log_softmax(logits):
 @pytest.mark.parametrize("flavour", ["gqa", "phi"])
 def test_divergence_is_that_of_the_model_with_one_module_pruned(flavour):
     model, tokens = make(flavour), windows(17)
-    found = divergences(model, tokens, ALONE)
+    found = [costs[:, 1] for costs in divergences(model, tokens, ALONE, (0.2, ALONE.sparsity))]
     dense = log_softmax(model.decoder(jnp.asarray(tokens[16:])))
     whole = prune_model(model, tokens[:16], dataclasses.replace(ALONE, ratios="uniform"))
     layer = 0  # its attention is the only module that sees the same text in a whole run
@@ -49,10 +49,10 @@ def test_a_layer_that_does_nothing_costs_nothing_and_goes_first():
     nothing = np.zeros_like(np.asarray(decoder_to_arrays(model.decoder)["layers.1.mlp.down_proj"]))
     model = with_arrays(model, layers__1__mlp__down_proj=nothing)
     done = []
-    attention, mlp = divergences(model, windows(6), ALONE, lambda *progress: done.append(progress))
-    assert mlp[1] == pytest.approx(1e-7)
-    assert min(*attention, mlp[0], mlp[2]) > 1e-4
-    assert done == [(i + 1, 6) for i in range(6)]
+    attention, mlp = divergences(model, windows(6), ALONE, (0.3, 0.6), lambda *progress: done.append(progress))
+    np.testing.assert_allclose(mlp[1], 1e-7)
+    assert min(attention.min(), mlp[[0, 2]].min()) > 1e-4
+    assert done == [(i + 1, 12) for i in range(12)]
     ratios = estimate_ratios(model, windows(6), ALONE)
     assert ratios.mlp[1] == pytest.approx(20 / 24)  # 0.9 of 24 channels, in steps of 2
     assert ratios.sparsity(model.config) == pytest.approx(0.4, rel=1e-6)
@@ -60,22 +60,41 @@ def test_a_layer_that_does_nothing_costs_nothing_and_goes_first():
 
 @settings(max_examples=40, deadline=None)
 @given(st.data())
-def test_costs_are_minimised_within_the_budget(data):
+def test_one_point_gives_the_minimum_of_a_sum_of_squares(data):
     layers = data.draw(st.integers(1, 5))
     model = make("gqa", layers=layers).config
     draw = st.lists(st.floats(1e-6, 10), min_size=layers, max_size=layers).map(np.asarray)
     costs = data.draw(draw), data.draw(draw)
     prune = PruneConfig(data.draw(st.floats(0.05, 0.6)), align=2)
-    ratios = allocate_by_cost(model, costs, prune)
+    ratios = allocate_by_curves(model, (0.3,), tuple(cost[:, None] for cost in costs), prune)
     assert ratios.sparsity(model) == pytest.approx(prune.sparsity, rel=1e-6)
     kinds = modules(model, prune)
     sizes, caps = (np.concatenate([getattr(kind, name) for kind in kinds]) for name in ("parameters", "caps"))
     found, cost = np.concatenate([ratios.attention, ratios.mlp]), np.concatenate(costs)
     assert (found <= caps + 1e-9).all()
-    # Where no cap cuts, a little more of one and less of another gains nothing: all marginal costs agree.
-    free = found < caps - 1e-9
-    marginal = (2 * cost * found / sizes)[free]
-    np.testing.assert_allclose(marginal, marginal.mean() if free.any() else 0, rtol=1e-6)
+    # The minimum by bisection on the price of a parameter.
+    low, high = 0.0, 1e6
+    for _ in range(200):
+        price = (low + high) / 2
+        best = np.minimum(price * sizes / cost, caps)
+        low, high = (price, high) if best @ sizes < found @ sizes else (low, price)
+    assert cost @ found**2 == pytest.approx(cost @ best**2, rel=1e-4)
+
+
+def test_a_module_that_is_cheap_at_first_and_dear_later_stops_where_it_gets_dear():
+    model = make("gqa", layers=2).config
+    points, prune = (0.2, 0.4, 0.6), PruneConfig(0.3, align=2)
+    dear = np.asarray([[1.0, 4.0, 9.0]] * 2)
+    cliff = np.asarray([[1.0, 4.0, 9.0], [0.001, 0.002, 100.0]])
+    ratios = allocate_by_curves(model, points, (dear, cliff), prune)
+    assert 0.39 < ratios.mlp[1] < 0.45
+    assert max(ratios.attention) < 0.39
+    # Costs that fall are measurement noise: more never counts as cheaper.
+    noisy = np.asarray([[1.0, 0.5, 9.0]] * 2)
+    flat = np.asarray([[1.0, 1.0, 9.0]] * 2)
+    assert allocate_by_curves(model, points, (noisy, dear), prune) == allocate_by_curves(
+        model, points, (flat, dear), prune
+    )
 
 
 def test_an_impossible_budget_says_what_is_possible():
