@@ -19,7 +19,7 @@ from intraslice_jax.convert.families import FAMILIES
 from intraslice_jax.convert.shards import Planned, write_tensors
 from tests.without_torch import WITHOUT_TORCH
 
-# The program without torch, as its users have it, and a last line with the most memory that its process had resident, in kB.
+# The program without torch, as its users have it, and a last line with the most memory that it had resident, in kB.
 _RUN = f"""
 {WITHOUT_TORCH}
 from intraslice_jax.cli import main
