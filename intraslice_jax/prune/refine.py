@@ -52,8 +52,8 @@ class Refined(NamedTuple):
 
 def refine_block(
     block: Block,
-    inputs: Sequence[Float[Array, "batch seq hidden"]],
-    targets: Sequence[Float[Array, "batch seq hidden"]],
+    inputs: Sequence[Float[Array, "_ seq hidden"]],
+    targets: Sequence[Float[Array, "_ seq hidden"]],
     real: Sequence[int],
     rope: RopeTable,
     settings: RefineSettings,
