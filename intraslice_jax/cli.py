@@ -61,14 +61,16 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def find_commands() -> dict[str, ModuleType]:
-    """The modules of `intraslice_jax.commands` by command name."""
+    """The modules of `intraslice_jax.commands` by command name; `bench_prune` is the command `bench prune`."""
     names = [info.name for info in pkgutil.iter_modules(commands.__path__) if not info.name.startswith("_")]
-    return {name: importlib.import_module(f"{commands.__name__}.{name}") for name in names}
+    return {name.replace("_", " "): importlib.import_module(f"{commands.__name__}.{name}") for name in names}
 
 
 def _parse(given: list[str], modules: dict[str, ModuleType]) -> tuple[str, Any]:
     """The command's name and its options, where the command line is stronger than YAML than defaults."""
     options: dict[str, type] = {name: module.Options for name, module in modules.items()}
+    if " ".join(given[:2]) in modules:
+        given = [" ".join(given[:2]), *given[2:]]
     command = given[0] if given else ""
     if command in modules:
         given = arguments.merge_repeated(given, options[command])

@@ -34,6 +34,7 @@ from intraslice_jax.parallel.mesh import ways
 from intraslice_jax.parallel.moments import MomentSum
 from intraslice_jax.parallel.placement import local, mesh_of, put_batch, put_weights, replicated, to_host
 from intraslice_jax.parallel.rules import RULES
+from intraslice_jax.stages import stage
 
 
 @dataclass
@@ -98,6 +99,7 @@ class AttentionCalibration:
         """The attention's weights by name (`q_proj` [hidden, heads, qk], ...), whole on one device."""
         return local(part(decoder_to_arrays(self.block), "attention"))
 
+    @stage("attention moments")
     def head_moments(self) -> AttentionMoments:
         """Per-head second moments of the o-projection's input, and query-key scores."""
         total = MomentSum(statistics.empty_attention_moments(self.shape), self.stream.mesh)
@@ -123,6 +125,7 @@ class AttentionCalibration:
                 self._kept.append(mixed)
             yield mixed
 
+    @stage("attention re-run")
     def kept_moments(
         self,
         heads: tuple[int, ...],
@@ -182,6 +185,7 @@ class MLPCalibration:
     num_layers: int
 
     @classmethod
+    @stage("MLP moments")
     def run(
         cls,
         index: int,
@@ -226,6 +230,7 @@ class MLPCalibration:
             x = local(statistics.mlp_input(self.block, after, source))
             yield x if real == len(x) else x[:real]
 
+    @stage("outputs")
     def outputs(self, block: Block, channels: Int[np.ndarray, " kept"] | None) -> list[Array]:
         """The residual stream behind the layer once its MLP is `block`'s. Uses up `after_attention`.
 

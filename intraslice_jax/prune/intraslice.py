@@ -20,6 +20,7 @@ from intraslice_jax.prune.mlp import eliminate, fuse_mlp, select_channels
 from intraslice_jax.prune.mlp_on_mesh import fuse_mlp_on_mesh
 from intraslice_jax.prune.spectra import value_spectra
 from intraslice_jax.prune.uniform import UniformLayout
+from intraslice_jax.stages import stage
 
 AUTO_SHARE = 0.4
 """Under this share of kept channels `iterative: auto` tries learned mixtures (docs/method.md 3.3)."""
@@ -35,6 +36,7 @@ class IntraSlice:
 
     layout: UniformLayout | None = None
 
+    @stage("attention solves")
     def prune_attention(self, layer: AttentionCalibration, ratio: float) -> PrunedAttention:
         """Heads and widths, RoPE pairs, value basis, ridge compensation, in two passes over the text."""
         shape, arrays, moments = layer.shape, layer.arrays, layer.head_moments()
@@ -66,6 +68,7 @@ class IntraSlice:
         spectra = value_spectra(kept.gram, plan.query_to_kv)
         return dataclasses.replace(fused, notes={**fused.notes, "value_spectra": spectra})
 
+    @stage("MLP solves")
     def prune_mlp(self, layer: MLPCalibration, keep: int) -> PrunedMLP:
         """Channel selection and compensation, or learned mixtures where they are wanted and better."""
         arrays, moments, damping = layer.arrays, layer.moments, layer.config.damping
