@@ -228,8 +228,8 @@ def _forward(
 ) -> tuple[Float[Array, "batch seq hidden"], Float[Array, "batch heads v v"]]:
     """A layer, and y_h^T y_h of its heads per sequence."""
     y = block.attention.mix(block.input_norm(x), rope)
-    wide = y.astype(jnp.float32)
-    gram = jnp.einsum("bthv,bthw->bhvw", wide, wide, precision=jax.lax.Precision.HIGHEST)
+    wide = y.astype(jnp.float32).swapaxes(1, 2)
+    gram = jnp.einsum("bhtv,bhtw->bhvw", wide, wide, precision=jax.lax.Precision.HIGHEST)
     after_attention = x + block.attention.output(y)
     return after_attention + block.mlp(block.mlp_input(x, after_attention)), gram
 

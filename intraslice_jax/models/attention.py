@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from intraslice_jax.config import LayerShape, ModelConfig
+from intraslice_jax.models.attention_by_head import attend_by_head, one_cpu
 from intraslice_jax.models.initialise import normal, optional_zeros
 from intraslice_jax.models.rope import RopeTable, rotate
 
@@ -92,6 +93,8 @@ def attend_causally(
     """
     seq = q.shape[1]
     chunk = max(128, -(-seq // 8))
+    if one_cpu():
+        return attend_by_head(q, k, v, query_to_kv, scale, sliding_window, chunk)
     outputs = []
     for start in range(0, seq, chunk):
         stop = min(start + chunk, seq)

@@ -111,6 +111,7 @@ class AttentionCalibration:
                 mixed,
                 query_to_kv=self.shape.query_to_kv,
                 rotary_dim=self.shape.rotary_dim,
+                joint_pairs=self.config.pair_selection == "logits",
             )
         return check_finite(self.index, "attention", total.total())
 

@@ -1,0 +1,53 @@
+"""Attention head by head, as it runs on one CPU, against the products over all heads that run elsewhere."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from intraslice_jax.models import attention
+from intraslice_jax.models.attention_by_head import attend_by_head
+
+GROUPS = {"even": (0, 0, 1, 1), "ragged": (0, 1, 1, 1, 2, 2), "own": (0, 1, 2)}
+
+
+def inputs(query_to_kv, seq, dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    shapes = ((len(query_to_kv), 6), (max(query_to_kv) + 1, 6), (max(query_to_kv) + 1, 5))
+    return tuple(jnp.asarray(rng.standard_normal((2, seq, *shape)), dtype) for shape in shapes)
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """`attend_causally` as on accelerators and meshes."""
+    monkeypatch.setattr(attention, "one_cpu", lambda: False)
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("window", [None, 1, 7, 40])
+@pytest.mark.parametrize("groups", GROUPS)
+def test_outputs_and_gradients_are_the_same(groups, window):
+    to_kv = GROUPS[groups]
+    given = inputs(to_kv, 37)
+
+    def whole(*given):
+        return attention.attend_causally(*given, to_kv, 0.3, window)
+
+    def by_head(*given):
+        return attend_by_head(*given, to_kv, 0.3, window, 8)
+
+    expected, back = jax.vjp(whole, *given)
+    found, found_back = jax.vjp(by_head, *given)
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+    cotangent = jnp.asarray(np.random.default_rng(1).standard_normal(expected.shape), jnp.float32)
+    for ours, theirs in zip(found_back(cotangent), back(cotangent), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_bfloat16():
+    given = inputs(GROUPS["ragged"], 37, jnp.bfloat16)
+    exact = attend_by_head(*(a.astype(jnp.float32) for a in given), GROUPS["ragged"], 0.3, None, 8)
+    found = attend_by_head(*given, GROUPS["ragged"], 0.3, None, 8)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(found.astype(jnp.float32), exact, atol=0.05)
