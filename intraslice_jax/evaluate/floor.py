@@ -90,7 +90,8 @@ def measure_pruning(
         InputError, RunError: as `prune_model`.
     """
     samples, seq = windows.shape
-    rows = ways(mesh_of(model.decoder)) * batch_size(model.config, windows.shape, config, ways(mesh_of(model.decoder)))
+    devices = ways(mesh_of(model.decoder))
+    rows = devices * batch_size(model.config, windows.shape, config, devices)
     inner = max(shape.intermediate_size for shape in model.config.layers)
     rate = MatmulRate(rows * seq, model.config.hidden_size, inner)
     rate.sample()
@@ -103,6 +104,9 @@ def measure_pruning(
         with times.running("rate"):
             rate.sample()
 
+    # What happens once, such as the import of LAPACK, is no stage's.
+    with measured_stages() as warming:
+        prune_model(first_layers(model, 1), windows[:rows], config)
     with measured_stages() as times:
         pruned = prune_model(model, windows, config, on_layer, on_batch)
     rate.sample()
@@ -112,16 +116,16 @@ def measure_pruning(
     stages = []
     for name, wall in times.wall.items():
         if name != "rate":
-            compiling = times.compiling(name)
-            count = needed.get(name, 0)
-            stages.append(StageCost(name, count, count / rate.median, wall - compiling, compiling))
+            compiling, count = times.compiling(name), needed.get(name, 0)
+            once = warming.compiling(name)
+            stages.append(StageCost(name, count, count / rate.median, wall - compiling, compiling + once))
     stages.sort(key=lambda cost: _ORDER.index(cost.stage) if cost.stage in _ORDER else len(_ORDER))
     groups = [
         _sum(name, parts)
         for name, members in (("gradient stage", GRADIENTS), ("pruning loop", (*LOOP, OUTSIDE)))
         if (parts := [cost for cost in stages if cost.stage in members])
     ]
-    return PruningCost(stages, groups, rate.median, rate.samples, times.compilations), pruned
+    return PruningCost(stages, groups, rate.median, rate.samples, warming.compilations + times.compilations), pruned
 
 
 _ORDER = (*GRADIENTS, *LOOP, OUTSIDE)
