@@ -73,7 +73,7 @@ def _parse(given: list[str], modules: dict[str, ModuleType]) -> tuple[str, Any]:
         given = [" ".join(given[:2]), *given[2:]]
     command = given[0] if given else ""
     if command in modules:
-        given = arguments.merge_repeated(given, options[command])
+        given = arguments.merge_repeated(arguments.numbers_for_names(given, options[command]), options[command])
         config = arguments.config_file(given, getattr(modules[command], "DEFAULT_CONFIG", None))
         if config is not None:
             options[command] = with_defaults(options[command], load_settings(config, options[command]))

@@ -51,3 +51,37 @@ def test_bfloat16():
     found = attend_by_head(*given, GROUPS["ragged"], 0.3, None, 8)
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(found.astype(jnp.float32), exact, atol=0.05)
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("window", [None, 7])
+def test_the_fused_call_means_the_same(window):
+    q, k, v = inputs(GROUPS["even"], 37)
+    v = jnp.concatenate([v, v[..., :1]], -1)
+    expected = attention.attend_causally(q, k, v, GROUPS["even"], 0.3, window)
+    np.testing.assert_allclose(attention.attend_fused(q, k, v, 0.3, window, "xla"), expected, atol=2e-6)
+
+
+def test_the_fused_kernel_takes_what_it_can(monkeypatch):
+    def allowed(query_to_kv, qk=64, v=64, dtype=jnp.bfloat16):
+        kv = max(query_to_kv) + 1
+        shapes = ((len(query_to_kv), qk), (kv, qk), (kv, v))
+        return attention.fused_kernel(*(jnp.zeros((1, 4, *s), dtype) for s in shapes), query_to_kv)
+
+    assert not allowed(GROUPS["even"])  # this is a CPU
+    monkeypatch.setattr(attention, "has_fused_kernel", lambda: True)
+    assert allowed(GROUPS["even"])
+    assert not allowed(GROUPS["ragged"])
+    assert not allowed(GROUPS["even"], dtype=jnp.float32)
+    assert not allowed(GROUPS["even"], v=56)
+    assert not allowed(GROUPS["even"], qk=52, v=52)
+
+
+def test_a_kernel_that_does_not_compile_is_not_used(monkeypatch):
+    monkeypatch.setattr(attention.jax, "default_backend", lambda: "gpu")  # which it is not: cuDNN fails
+    monkeypatch.setattr(attention.jax, "device_count", lambda: 1)
+    attention.has_fused_kernel.cache_clear()
+    try:
+        assert not attention.has_fused_kernel()
+    finally:
+        attention.has_fused_kernel.cache_clear()
