@@ -97,7 +97,7 @@ def attend_causally(
     seq = q.shape[1]
     chunk = max(128, -(-seq // 8))
     if one_cpu():
-        return attend_by_head(q, k, v, query_to_kv, scale, sliding_window, chunk)
+        return attend_by_head(q, k, v, query_to_kv, scale, sliding_window, max(256, chunk))
     if fused_kernel(q, k, v, query_to_kv):
         return attend_fused(q, k, v, scale, sliding_window, "cudnn")
     outputs = []

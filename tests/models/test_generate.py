@@ -114,6 +114,13 @@ class TestCache:
             generate(model, [prompt(length)], max_new_tokens=5)
         assert [f._cache_size() for f in (cache.prefill_block, cache.decode_block)] == counts
 
+    def test_blocks_are_traced_once_per_distinct_shape(self):
+        model = make("ragged", max_position_embeddings=78)  # three layers of two shapes
+        functions = (cache.prefill_block, cache.decode_block)
+        before = [f._cache_size() for f in functions]
+        generate(model, [prompt(21)], max_new_tokens=7)
+        assert [f._cache_size() for f in functions] == [size + model.config.distinct_shapes() for size in before]
+
     def test_buckets_waste_a_quarter_at_most(self):
         sizes = [bucket(n) for n in range(1, 5000)]
         assert all(size >= n for n, size in enumerate(sizes, 1))
