@@ -197,7 +197,7 @@ def _one_batch(decoder: Decoder, tokens: Array, rope: RopeTable, matrices: bool)
         grams.append(gram)
     loss, cotangent = _loss_gradient(decoder, x, tokens)
     attention, mlp = [], []
-    for block in reversed(list(decoder.layers)):
+    for block in reversed(decoder.layers):
         cotangent, masks = _backward(gathered(block), boundaries.pop(), rope, cotangent, matrices)
         attention.append(masks.attention)
         mlp.append(masks.mlp)
