@@ -52,7 +52,9 @@ def main(args: Sequence[str] | None = None) -> int:
         return 1
     except (RunError, OSError) as error:
         again = _again(name, output)
-        return _fail(name, f"{error}; {again}" if again else error, 1)
+        # A number that is not finite would be there again.
+        lasting = isinstance(error, RunError) and "cannot be written" not in str(error)
+        return _fail(name, f"{error}; {again}" if again and not lasting else error, 1)
     except MemoryError as error:
         return _fail(name, f"out of memory; try a smaller --batch-size ({error})", 1)
     except RuntimeError as error:

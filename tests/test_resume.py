@@ -13,6 +13,7 @@ import pytest
 import intraslice_jax as isl
 from intraslice_jax import api
 from intraslice_jax.cli import main
+from intraslice_jax.io import journal
 from intraslice_jax.io.journal import Journal
 from intraslice_jax.models.decoder import decoder_to_arrays
 from tests.conftest import ROOT
@@ -70,19 +71,19 @@ def layers_told(capsys) -> list[int]:
 
 
 def test_killed_at_a_random_layer(options, uninterrupted, tmp_path, capsys):
-    out, journal = tmp_path / "out", tmp_path / "out.journal"
+    out, kept = tmp_path / "out", tmp_path / "out.journal"
     layer = int(np.random.default_rng().integers(1, LAYERS - 1))
     code, lines = run_until(layer, signal.SIGKILL, [*options, "-o", str(out)])
     assert code == -signal.SIGKILL, lines
     assert not out.exists()
-    assert journal.is_dir()
+    assert kept.is_dir()
     # By itself nothing is continued, and nothing lost.
-    before = sorted(journal.rglob("*"))
+    before = sorted(kept.rglob("*"))
     assert main(["prune", *options, "-o", str(out)]) == 2
     assert re.search(r"out\.journal is of an interrupted run.*--resume.*--overwrite", capsys.readouterr().err)
     assert main(["prune", *options, "-o", str(out), "--resume", "--sparsity", "0.5"]) == 2
     assert "prune.sparsity was 0.25, now it is 0.5" in capsys.readouterr().err
-    assert sorted(journal.rglob("*")) == before
+    assert sorted(kept.rglob("*")) == before
     assert main(["prune", *options, "-o", str(out), "--resume"]) == 0
     told = layers_told(capsys)
     assert told == list(range(told[0], LAYERS))
@@ -133,6 +134,24 @@ def test_a_full_disk_while_the_checkpoint_is_written(options, uninterrupted, tmp
     assert_same_bits(out, uninterrupted)
 
 
+def test_a_full_disk_while_the_journal_is_written(options, tmp_path, capsys, monkeypatch):
+    save, calls = journal.ocp.save, []
+
+    def full(path, *args, **named):
+        calls.append(path)
+        if len(calls) > 4:
+            raise ValueError(f"RESOURCE_EXHAUSTED: writing {path}: No space left on device [os_error_code='28']")
+        return save(path, *args, **named)
+
+    monkeypatch.setattr(journal.ocp, "save", full)
+    assert main(["prune", *options, "-o", str(tmp_path / "out")]) == 1
+    said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("[")]
+    assert len(said) == 1, said
+    for part in ("layers/00002 cannot be written: no space left on device", "is intact", "--resume goes on from"):
+        assert part in said[0]
+    assert [path.name for path in sorted((tmp_path / "out.journal" / "streams").iterdir())] == ["00000", "00001"]
+
+
 def test_resume_with_nothing_to_resume(options, uninterrupted, tmp_path):
     """A job that is queued again and again has one command."""
     assert main(["prune", *options, "-o", str(tmp_path / "out"), "--resume"]) == 0
@@ -166,7 +185,7 @@ def test_a_real_model_killed_at_a_random_layer(smollm2_gguf, calibration_texts, 
             assert any("going on behind layer" in line for line in lines) == (layer != stops[0])
     journals = [Journal(tmp_path / f"{name}.journal") for name in ("one", "other")]
     for layer in range(5):
-        (one, facts), (other, expected) = (journal.layer(layer) for journal in journals)
+        (one, facts), (other, expected) = (each.layer(layer) for each in journals)
         assert {**facts["record"], "seconds": 0} == {**expected["record"], "seconds": 0}
         assert set(one) == set(other)
         for name in other:

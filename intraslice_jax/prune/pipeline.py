@@ -198,7 +198,7 @@ def _prune_layers(
         block = gathered(model.decoder.layers[i])
         arrays = decoder_to_arrays(block)
         if streamed:
-            check_weights({f"layers.{i}.{name}": array for name, array in arrays.items()})
+            check_weights(arrays, f"layers.{i}.")
         attention = method.prune_attention(
             AttentionCalibration(
                 i, block, model.config.layers[i], stream, config, model.config, ledger.attention_range(i)
