@@ -22,6 +22,7 @@ from typing import Any
 from intraslice_jax import commands
 from intraslice_jax.commands import _arguments as arguments
 from intraslice_jax.errors import InputError, RunError
+from intraslice_jax.io.atomic import journal_of
 from intraslice_jax.settings import load_settings, with_defaults
 
 
@@ -45,12 +46,15 @@ def main(args: Sequence[str] | None = None) -> int:
         return _fail(name, error, 2)
     except KeyboardInterrupt:
         kept = f"{output} is as it was before" if output else "nothing was written"
-        return _fail(name, f"interrupted; {kept}; the same command starts again", 1)
+        return _fail(name, f"interrupted; {kept}; {_again(name, output) or 'the same command starts again'}", 1)
     except BrokenPipeError:  # whoever reads our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (RunError, OSError) as error:
-        return _fail(name, error, 1)
+        again = _again(name, output)
+        # A number that is not finite would be there again.
+        lasting = isinstance(error, RunError) and "cannot be written" not in str(error)
+        return _fail(name, f"{error}; {again}" if again and not lasting else error, 1)
     except MemoryError as error:
         return _fail(name, f"out of memory; try a smaller --batch-size ({error})", 1)
     except RuntimeError as error:
@@ -117,6 +121,13 @@ def _run(command: ModuleType, options: Any) -> None:
         if distributed.is_first():
             print(f"intraslice: {message}", file=sys.stderr, flush=True)
         distributed.abandon(message, 2 if isinstance(error, InputError) else 1)
+
+
+def _again(name: str, output: Path | None) -> str:
+    """How to continue a run that kept a journal; nothing for others."""
+    if name != "intraslice prune" or output is None or not journal_of(output).is_dir():
+        return ""
+    return f"the same command with --resume goes on from {journal_of(output)}"
 
 
 def _fail(name: str, error: BaseException | str, code: int) -> int:

@@ -44,6 +44,11 @@ class LayerShape:
         if self.sliding_window is not None and self.sliding_window < 1:
             raise InputError(f"sliding_window must be at least 1, found {self.sliding_window}")
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> LayerShape:
+        """Reads what `dataclasses.asdict` made, through JSON or not."""
+        return cls(**{**data, "query_to_kv": tuple(data["query_to_kv"])})
+
     @property
     def num_attention_heads(self) -> int:
         """Number of query heads."""
@@ -184,9 +189,7 @@ class ModelConfig:
         """
         try:
             values = dict(data)
-            values["layers"] = tuple(
-                LayerShape(**{**layer, "query_to_kv": tuple(layer["query_to_kv"])}) for layer in values["layers"]
-            )
+            values["layers"] = tuple(LayerShape.from_json(layer) for layer in values["layers"])
             rope = dict(values["rope"])
             rope["parameters"] = tuple((name, _as_tuple(value)) for name, value in rope["parameters"])
             values["rope"] = RopeConfig(**rope)

@@ -215,7 +215,7 @@ def _backwards(
 ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     """Mask gradients of all attentions and all MLPs. Uses up the boundaries and the cotangent."""
     attention, mlp = [], []
-    for block in reversed(list(decoder.layers)):
+    for block in reversed(decoder.layers):
         cotangent, masks = _backward(gathered(block), boundaries.pop(), rope, cotangent, matrices)
         attention.append(masks.attention)
         mlp.append(masks.mlp)

@@ -296,12 +296,14 @@ def part(arrays: Mapping[str, Array], module: str) -> dict[str, Array]:
     return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
 
 
-def check_weights(arrays: Mapping[str, Array]) -> None:
-    """Raises InputError that names the first array with a value that is not finite."""
+def check_weights(arrays: Mapping[str, Array], prefix: str = "") -> None:
+    """Raises InputError that names the first array with a value that is not finite; `prefix` completes its path."""
     for name, finite in _finite(dict(arrays)).items():
         if not finite:
             first = tuple(int(i) for i in np.argwhere(~np.isfinite(to_host(arrays[name])))[0])
-            raise InputError(f"{name} is not finite at {first}: the model is damaged, or overflowed when converted")
+            raise InputError(
+                f"{prefix}{name} is not finite at {first}: the model is damaged, or overflowed when converted"
+            )
 
 
 def check_finite(layer: int, module: str, moments: Any) -> Any:
