@@ -65,11 +65,11 @@ def export_gguf(
     Raises:
         InputError: llama.cpp's graphs cannot express the model or its tokenizer, or a number is too large.
     """
+    form = gguf_form(model.config, arrays, _BLOCK if dtype == "q8_0" else 1)
     if model.tokenizer is None:
         raise InputError(
             f"{model.name} has no tokenizer, without which llama.cpp reads no file; put it beside the model"
         )
-    form = gguf_form(model.config, arrays, _BLOCK if dtype == "q8_0" else 1)
     kind, file_type = _KINDS[dtype]
     metadata = {
         "general.name": Path(model.name).name,

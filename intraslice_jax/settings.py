@@ -40,7 +40,8 @@ def load_settings(path: str | Path, options: type) -> dict[str, Any]:
 
 def with_defaults(options: type, defaults: Mapping[str, Any]) -> type:
     """A subclass of the dataclass `options` whose fields have other defaults."""
-    hints = {name: options.__annotations__[name] for name in defaults}
+    every = get_type_hints(options, include_extras=True)  # inherited ones as well
+    hints = {name: every[name] for name in defaults}
     namespace = {"__annotations__": hints, "__doc__": options.__doc__, "__module__": options.__module__}
     fields = {
         name: dataclasses.field(default_factory=lambda value=value: value) if _is_section(value) else value

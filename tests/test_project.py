@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.without_torch import WITHOUT_TORCH
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -30,9 +32,9 @@ def test_annotations_are_checked(name):
 
 def test_works_without_torch():
     """Every module imports on a machine that has no torch; only the exported modelling file needs it."""
-    code = """
-import importlib, pkgutil, sys
-sys.modules["torch"] = None  # as if it were not installed
+    code = f"""
+{WITHOUT_TORCH}
+import importlib, pkgutil
 import intraslice_jax
 for module in pkgutil.walk_packages(intraslice_jax.__path__, "intraslice_jax."):
     if module.name != "intraslice_jax.convert.modeling_intraslice":

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
 
 from intraslice_jax.evaluate.compare import Row
 
 
-def plot_rows(rows: Sequence[Row], title: str, path: str | Path | BinaryIO) -> bool:
+def plot_rows(rows: Sequence[Row], title: str, path: str | Path | BytesIO) -> bool:
     """Draws perplexity over the removed fraction, a line per method and estimator, into an image file.
 
     Args:

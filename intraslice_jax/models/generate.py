@@ -58,7 +58,7 @@ def generate(
         top_p: draw from the fewest likeliest tokens whose probabilities reach this sum.
         seed: of the draws; the same seed gives the same text.
         on_token: called with (prompt index, token id, new text) as tokens come. The text is empty while a character
-            is incomplete.
+            is incomplete; one that never gets complete comes with the last token.
         finished: asked after each token, with the prompt's index and its new ids, whether that continuation ends.
 
     Raises:
@@ -87,7 +87,7 @@ def generate(
                     generated[i].append(token)
                     done[i] = token in stop or (finished is not None and finished(i, generated[i]))
                     if stream is not None:
-                        stream.show(i, generated[i])
+                        stream.show(i, generated[i], done[i] or step + 1 == max_new_tokens)
             if all(done) or step + 1 == max_new_tokens:
                 break
             if limit is not None and any(len(row) == limit + 1 for row in rows):
@@ -178,10 +178,10 @@ class _Stream:
         self.model, self.on_token = model, on_token
         self.shown = [""] * rows
 
-    def show(self, row: int, tokens: list[int]) -> None:
+    def show(self, row: int, tokens: list[int], last: bool) -> None:
         piece = ""
         if self.model.tokenizer is not None:
             text = _text(self.model, tokens)
-            if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            if last or not text.endswith("\N{REPLACEMENT CHARACTER}"):
                 piece, self.shown[row] = text[len(self.shown[row]) :], text
         self.on_token(row, tokens[-1], piece)

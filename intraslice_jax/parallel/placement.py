@@ -44,7 +44,7 @@ class ReadsParts(Protocol):
         ...
 
 
-def put_parts(arrays: Mapping[str, np.ndarray], path: str, shape: tuple[int, ...], sharding: NamedSharding) -> Array:
+def put_parts(arrays: Mapping[str, Any], path: str, shape: tuple[int, ...], sharding: NamedSharding) -> Array:
     """A stored array on the mesh; every process reads its parts alone where the storage allows that."""
     if isinstance(arrays, ReadsParts):
         return jax.make_array_from_callback(shape, sharding, lambda index: arrays.part(path, index or ()))

@@ -17,7 +17,7 @@ from intraslice_jax.prune.method import PrunedMLP
 
 
 def rank_channels(
-    gram: Float[Array, "inner inner"], down_proj: Float[Array, "inner hidden"]
+    gram: Float[Array | np.ndarray, "inner inner"], down_proj: Float[Array | np.ndarray, "inner hidden"]
 ) -> Int[np.ndarray, " inner"]:
     """Channels by falling ||W_d[j]||^2 H_jj (docs/method.md 3.1)."""
     return rank_energies(np.diagonal(np.asarray(gram)), np.asarray(down_proj))
@@ -31,7 +31,7 @@ def rank_energies(
 
 
 def select_channels(
-    gram: Float[Array, "inner inner"], down_proj: Float[Array, "inner hidden"], keep: int
+    gram: Float[Array | np.ndarray, "inner inner"], down_proj: Float[Array | np.ndarray, "inner hidden"], keep: int
 ) -> Int[np.ndarray, " keep"]:
     """The `keep` best channels, ascending."""
     return np.sort(rank_channels(gram, down_proj)[:keep])

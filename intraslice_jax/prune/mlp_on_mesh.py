@@ -92,7 +92,7 @@ def _fold(
     energy = jnp.sum(down * _PRODUCT(gram, down))
     if bias is not None:
         gram = centred(gram, total, total, tokens)
-    mean = jnp.sum(jnp.where(stays, jnp.diagonal(gram), 0)) / jnp.sum(stays)
+    mean = jnp.mean(jnp.diagonal(gram), where=stays)
     lost = jnp.where(stays[:, None], 0, down)
     both = stays[:, None] & stays[None]
     system = jnp.where(both, 0.5 * (gram + gram.T), 0) + jnp.diag(jnp.where(stays, damping * mean, 1))

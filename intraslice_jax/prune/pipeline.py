@@ -193,13 +193,13 @@ def _prune_layers(
 
 def _check_windows(model: LanguageModel, windows: np.ndarray) -> None:
     samples, seq = windows.shape
+    if samples < 1 or seq < 2:
+        raise InputError(f"calibration needs at least one window of two tokens, found {samples} of {seq}")
     if samples < jax.process_count():
         raise InputError(
             f"{jax.process_count()} processes cannot share {samples} calibration windows; raise --samples to at least "
             f"{jax.process_count()}, or start fewer processes"
         )
-    if samples < 1 or seq < 2:
-        raise InputError(f"calibration needs at least one window of two tokens, found {samples} of {seq}")
     if seq > model.config.max_position_embeddings:
         raise InputError(
             f"sequence_length {seq} is longer than the model's context of {model.config.max_position_embeddings}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -13,7 +12,7 @@ DIGITS = 4
 """Significant digits that are recorded: a picture needs no more, and a deep model has a hundred thousand values."""
 
 
-def value_spectra(kept_gram: Float[Array, "inputs inputs"], query_to_kv: Sequence[int]) -> dict[str, Any]:
+def value_spectra(kept_gram: Float[Array | np.ndarray, "inputs inputs"], query_to_kv: Sequence[int]) -> dict[str, Any]:
     """The eigenvalues of each KV head's share of the o-projection's input, as fractions of their sum.
 
     Args:
@@ -26,8 +25,8 @@ def value_spectra(kept_gram: Float[Array, "inputs inputs"], query_to_kv: Sequenc
     """
     heads = len(query_to_kv)
     v = len(kept_gram) // heads
-    blocks = kept_gram.reshape(heads, v, heads, v)[jnp.arange(heads), :, jnp.arange(heads)]
-    blocks, to_kv = np.asarray(blocks, np.float64), np.asarray(query_to_kv)
+    rows, to_kv = np.arange(heads), np.asarray(query_to_kv)
+    blocks = np.asarray(kept_gram, np.float64).reshape(heads, v, heads, v)[rows, :, rows]
     kv_heads = sorted(set(query_to_kv))
     shares = []
     for kv in kv_heads:

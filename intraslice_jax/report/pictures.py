@@ -139,7 +139,7 @@ def _spectra(report: Mapping[str, Any]) -> Figure | None:
 
 def _extent(image: np.ndarray) -> tuple[float, float, float, float]:
     rows, columns = image.shape
-    return 0, columns, rows - 0.5, -0.5
+    return 0.0, float(columns), rows - 0.5, -0.5
 
 
 def _spectra_by_layer(report: Mapping[str, Any]) -> Figure | None:

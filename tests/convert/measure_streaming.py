@@ -1,6 +1,6 @@
 """Peak memory of conversion and export on a synthetic Llama checkpoint of any size (Linux).
 
-    python tests/convert/measure_streaming.py FOLDER [LAYERS]
+    python -m tests.convert.measure_streaming FOLDER [LAYERS]
 
 34 layers (the default) make 3.3 GB of bfloat16. FOLDER gets the checkpoint and what is written from it, together
 four times that size, and can be deleted afterwards.
@@ -17,10 +17,11 @@ import numpy as np
 
 from intraslice_jax.convert.families import FAMILIES
 from intraslice_jax.convert.shards import Planned, write_tensors
+from tests.without_torch import WITHOUT_TORCH
 
-# The program, and a last line with the most memory that its process had resident, in kB.
-_RUN = """
-import sys
+# The program without torch, as its users have it, and a last line with the most memory that it had resident, in kB.
+_RUN = f"""
+{WITHOUT_TORCH}
 from intraslice_jax.cli import main
 code = main(sys.argv[1:])
 print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0])

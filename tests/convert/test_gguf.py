@@ -222,7 +222,7 @@ def test_unsupported_architecture(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(InputError, match=r"architecture 'gemma2' is not supported; supported: llama, qwen2"):
+    with pytest.raises(InputError, match=r"architecture 'gemma2' is not supported; supported: llama, deci, qwen2"):
         load(tmp_path / "model.gguf")
 
 

@@ -12,6 +12,7 @@ from intraslice_jax.cli import main
 from intraslice_jax.errors import InputError
 from tests.conftest import ROOT
 from tests.tiny import tiny_text, write_json, write_tiny_llama
+from tests.without_torch import WITHOUT_TORCH
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (the extra eval)")
 
@@ -220,11 +221,8 @@ def test_an_answer_is_counted_by_hand(ours, own):
 
 
 def test_tasks_work_without_torch(folder, own, tmp_path):
-    code = (
-        "import sys; sys.modules['torch'] = None; sys.modules['accelerate'] = None\n"
-        "from intraslice_jax.cli import main\n"
-        f"sys.exit(main({arguments(folder, own, '--tasks', 'colours', '--limit', '2')!r}))"
-    )
+    run = f"sys.exit(main({arguments(folder, own, '--tasks', 'colours', '--limit', '2')!r}))"
+    code = f"{WITHOUT_TORCH}\nfrom intraslice_jax.cli import main\n{run}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     assert "colours" in done.stdout

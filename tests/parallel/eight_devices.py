@@ -24,6 +24,7 @@ from intraslice_jax.parallel import moments
 from intraslice_jax.parallel.linalg import cholesky_solve
 from intraslice_jax.parallel.mesh import make_mesh
 from intraslice_jax.parallel.placement import gathered, put_batch, replicated
+from intraslice_jax.prune import calibration
 from intraslice_jax.prune.linalg import solver_precision
 from intraslice_jax.prune.mlp import fuse_mlp, select_channels
 from intraslice_jax.prune.mlp_on_mesh import fuse_mlp_on_mesh
@@ -211,7 +212,7 @@ def test_an_mlp_folded_by_all_devices_is_that_of_one(flavour):
 
 
 def test_a_large_mlp_is_solved_by_all_devices(monkeypatch):
-    monkeypatch.setattr("intraslice_jax.prune.calibration.fits_one_device", lambda size: size < 24)
+    monkeypatch.setattr(calibration, "fits_one_device", lambda size: size < 24)
     expected = on_one_device("gqa", 10)
     found = prune_model(model_of("gqa"), windows(10), FINE, mesh=make_mesh("data=2,model=4"))
     assert found.report["layers"][0]["notes"]["mlp"]["solver"] == "cholesky over the mesh, float32"
