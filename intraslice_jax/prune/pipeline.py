@@ -169,7 +169,8 @@ def _prune_layers(
 
         shape = dataclasses.replace(attention.shape, intermediate_size=width)
         stream.batches = calibration.outputs(block_from_arrays(model.config, shape, arrays), mlp.channels)
-        blocks.append(PrunedBlock(arrays, shape))
+        # At rest a layer lies in parts, and what calibrated it must not outlive it.
+        blocks.append(PrunedBlock(arrays if stream.mesh is None else put_weights(arrays, stream.mesh), shape))
         record = LayerRecord(
             layer=i,
             kept_heads=attention.heads,
@@ -184,6 +185,7 @@ def _prune_layers(
             seconds=time.monotonic() - started,
         )
         records.append(record)
+        del block, arrays, attention, calibration, mlp
         if on_layer is not None:
             on_layer(record)
     if layout is None:
