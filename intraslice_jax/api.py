@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +19,10 @@ from intraslice_jax.config import CalibrationConfig, PruneConfig
 from intraslice_jax.convert.assemble import DTYPES
 from intraslice_jax.errors import InputError
 from intraslice_jax.evaluate.perplexity import perplexity as measure_perplexity
+from intraslice_jax.identity import run_identity
 from intraslice_jax.io.checkpoint import is_checkpoint, open_checkpoint, restore, save, versions
-from intraslice_jax.model import LanguageModel, StoredModel
+from intraslice_jax.io.journal import Journal
+from intraslice_jax.model import LanguageModel, StoredModel, as_stored
 from intraslice_jax.models.generate import generate as continue_prompts
 from intraslice_jax.prune.pipeline import LayerRecord, prune_model
 from intraslice_jax.settings import closest
@@ -27,7 +30,12 @@ from intraslice_jax.settings import closest
 __all__ = ["export", "generate", "load", "perplexity", "prune", "restore", "save"]
 
 
-def load(source: str | Path, dtype: str | None = None, mesh: Mesh | None = None) -> LanguageModel:
+def load(
+    source: str | Path,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    residency: Literal["device", "host", "disk"] = "device",
+) -> LanguageModel:
     """A model from a checkpoint of this program, a Hugging Face folder or hub id, or a .gguf file.
 
     Args:
@@ -35,10 +43,21 @@ def load(source: str | Path, dtype: str | None = None, mesh: Mesh | None = None)
         dtype: what the weights become (`float32`, `bfloat16`, `float16`); None keeps what is stored.
         mesh: devices to spread the weights over (`intraslice_jax.parallel.mesh.make_mesh`); each process reads only
             the parts of its own. What is done with the model then runs on the mesh.
+        residency: where the layers are: all on the devices, or in host memory or their files until they are used.
+            Then two of them at most are on the devices.
 
     Raises:
         InputError: the source does not exist, is damaged, or is of an unsupported architecture.
     """
+    if residency not in ("device", "host", "disk"):
+        raise InputError(f"residency must be device, host or disk, found {residency!r}")
+    if residency != "device":
+        if jax.process_count() > 1:
+            raise InputError(
+                f"residency {residency} works in one process, found {jax.process_count()}; use residency device, where "
+                "every process holds its parts of the weights"
+            )
+        return open_stored(source, dtype).streamed(mesh, host=residency == "host")
     if is_checkpoint(source):
         return cast(restore(source, mesh), dtype)
     return convert.open_stored(source, dtype).in_memory(mesh)
@@ -91,6 +110,7 @@ def prune(
     seed: int = 0,
     on_layer: Callable[[LayerRecord], None] | None = None,
     on_batch: Callable[[int, int], None] | None = None,
+    journal: str | Path | None = None,
     **settings: Any,
 ) -> LanguageModel:
     """A smaller model, calibrated on a text.
@@ -105,6 +125,8 @@ def prune(
         on_layer: called after each layer with its record.
         on_batch: called while the ratios are estimated (`ratios` other than `uniform`) with the sequences done and
             their number.
+        journal: a folder in which to keep every finished layer. An interrupted run is continued by the same call, to
+            the same bits. The folder stays: remove it once the model is saved.
         **settings: further fields of `intraslice_jax.config.PruneConfig`.
 
     Returns:
@@ -112,8 +134,9 @@ def prune(
         of the parameters went.
 
     Raises:
-        InputError: a setting is out of range, or the text has fewer tokens than one window.
-        RunError: an activation is not finite.
+        InputError: a setting is out of range, the text has fewer tokens than one window, or the journal is of
+            another run.
+        RunError: an activation is not finite, or the journal cannot be written.
     """
     known = [field.name for field in dataclasses.fields(PruneConfig) if field.name != "sparsity"]
     for name in settings:
@@ -121,7 +144,10 @@ def prune(
             raise InputError(f"prune has no setting {name!r}; {closest(name, known)}")
     config = PruneConfig(sparsity=sparsity, **settings)
     calibrate = CalibrationConfig(samples=samples, sequence_length=sequence_length, seed=seed)
-    return prune_calibrated(model, text, config, calibrate, on_layer, on_batch)
+    if journal is None:
+        return prune_calibrated(model, text, config, calibrate, on_layer, on_batch)
+    with closing(Journal(journal)) as kept:
+        return prune_calibrated(model, text, config, calibrate, on_layer, on_batch, kept)
 
 
 def prune_calibrated(
@@ -131,12 +157,15 @@ def prune_calibrated(
     calibrate: CalibrationConfig,
     on_layer: Callable[[LayerRecord], None] | None = None,
     on_batch: Callable[[int, int], None] | None = None,
+    journal: Journal | None = None,
 ) -> LanguageModel:
     """`prune` with its settings as dataclasses, as the command line has them."""
     check_length(model, calibrate.sequence_length)
     stream = data.encode(model.require_tokenizer(), text)
     windows = data.sample_windows(stream, calibrate.samples, calibrate.sequence_length, calibrate.seed)
-    pruned = prune_model(model, windows, config, on_layer, on_batch)
+    if journal is not None:
+        journal.begin(run_identity(model, windows, data.text_hash(text), config, calibrate))
+    pruned = prune_model(model, windows, config, on_layer, on_batch, run_log=journal)
     calibration = {
         "text_sha256": data.text_hash(text),
         "text_tokens": len(stream),
@@ -224,7 +253,9 @@ def export(
         InputError: `path` exists and `overwrite` is False, the format cannot express the model, or a weight is too
             large for the dtype.
     """
-    return convert.export(model, path, format=format, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
+    return convert.export(
+        as_stored(model), path, format=format, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite
+    )
 
 
 def generate(

@@ -22,6 +22,7 @@ from typing import Any
 from intraslice_jax import commands
 from intraslice_jax.commands import _arguments as arguments
 from intraslice_jax.errors import InputError, RunError
+from intraslice_jax.io.atomic import journal_of
 from intraslice_jax.settings import load_settings, with_defaults
 
 
@@ -45,12 +46,15 @@ def main(args: Sequence[str] | None = None) -> int:
         return _fail(name, error, 2)
     except KeyboardInterrupt:
         kept = f"{output} is as it was before" if output else "nothing was written"
-        return _fail(name, f"interrupted; {kept}; the same command starts again", 1)
+        return _fail(name, f"interrupted; {kept}; {_again(name, output) or 'the same command starts again'}", 1)
     except BrokenPipeError:  # whoever reads our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (RunError, OSError) as error:
-        return _fail(name, error, 1)
+        again = _again(name, output)
+        # A number that is not finite would be there again.
+        lasting = isinstance(error, RunError) and "cannot be written" not in str(error)
+        return _fail(name, f"{error}; {again}" if again and not lasting else error, 1)
     except MemoryError as error:
         return _fail(name, f"out of memory; try a smaller --batch-size ({error})", 1)
     except RuntimeError as error:
@@ -61,17 +65,19 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def find_commands() -> dict[str, ModuleType]:
-    """The modules of `intraslice_jax.commands` by command name."""
+    """The modules of `intraslice_jax.commands` by command name; `bench_prune` is the command `bench prune`."""
     names = [info.name for info in pkgutil.iter_modules(commands.__path__) if not info.name.startswith("_")]
-    return {name: importlib.import_module(f"{commands.__name__}.{name}") for name in names}
+    return {name.replace("_", " "): importlib.import_module(f"{commands.__name__}.{name}") for name in names}
 
 
 def _parse(given: list[str], modules: dict[str, ModuleType]) -> tuple[str, Any]:
     """The command's name and its options, where the command line is stronger than YAML than defaults."""
     options: dict[str, type] = {name: module.Options for name, module in modules.items()}
+    if " ".join(given[:2]) in modules:
+        given = [" ".join(given[:2]), *given[2:]]
     command = given[0] if given else ""
     if command in modules:
-        given = arguments.merge_repeated(given, options[command])
+        given = arguments.merge_repeated(arguments.numbers_for_names(given, options[command]), options[command])
         config = arguments.config_file(given, getattr(modules[command], "DEFAULT_CONFIG", None))
         if config is not None:
             options[command] = with_defaults(options[command], load_settings(config, options[command]))
@@ -85,6 +91,7 @@ def _prepare_process() -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # retries; the failure itself is told by us
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries; ours know where they are
@@ -114,6 +121,13 @@ def _run(command: ModuleType, options: Any) -> None:
         if distributed.is_first():
             print(f"intraslice: {message}", file=sys.stderr, flush=True)
         distributed.abandon(message, 2 if isinstance(error, InputError) else 1)
+
+
+def _again(name: str, output: Path | None) -> str:
+    """How to continue a run that kept a journal; nothing for others."""
+    if name != "intraslice prune" or output is None or not journal_of(output).is_dir():
+        return ""
+    return f"the same command with --resume goes on from {journal_of(output)}"
 
 
 def _fail(name: str, error: BaseException | str, code: int) -> int:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from intraslice_jax.config import ModelConfig
 from intraslice_jax.errors import InputError
 from intraslice_jax.models.decoder import Decoder, abstract_arrays, decoder_from_arrays, decoder_to_arrays
+from intraslice_jax.models.streamed import StreamedDecoder
 from intraslice_jax.parallel.placement import mesh_of, put_parts, put_weights
 from intraslice_jax.parallel.rules import weight_shardings
 
@@ -73,13 +74,36 @@ class StoredModel:
             arrays = {
                 path: put_parts(self.arrays, path, shapes[path], sharding) for path, sharding in shardings.items()
             }
-        decoder = decoder_from_arrays(self.config, arrays)
+        return self._with(decoder_from_arrays(self.config, arrays))
+
+    def streamed(self, mesh: Mesh | None = None, host: bool = False) -> LanguageModel:
+        """A model whose layers come to the default device, or a mesh, when they are used.
+
+        Args:
+            mesh: where to; None for one device.
+            host: read all arrays into host memory once, instead of each from its file whenever it is used.
+        """
+        arrays = {path: self.arrays[path] for path in self.arrays} if host else self.arrays
+        return self._with(StreamedDecoder(self.config, arrays, mesh))
+
+    def _with(self, decoder: Decoder) -> LanguageModel:
         return LanguageModel(self.config, decoder, self.tokenizer, self.name, self.generation_config, self.report)
+
+
+def as_stored(model: LanguageModel | StoredModel) -> LanguageModel | StoredModel:
+    """A streamed model as what it is streamed from, so that it is written array by array; others as they are."""
+    if isinstance(model, StoredModel) or not isinstance(model.decoder, StreamedDecoder):
+        return model
+    dtype = str(model.decoder.embed_tokens[...].dtype)
+    facts = (model.tokenizer, model.name, model.generation_config, model.report)
+    return StoredModel(model.config, model.decoder.arrays, dtype, *facts)
 
 
 def on_mesh(model: LanguageModel, mesh: Mesh | None) -> LanguageModel:
     """The model with its weights spread over a mesh; without one, and if it lies there already, as it is."""
     if mesh is None or all(mesh_of(leaf) == mesh for leaf in jax.tree.leaves(model.decoder)):
         return model
+    if isinstance(model.decoder, StreamedDecoder):
+        return dataclasses.replace(model, decoder=StreamedDecoder(model.config, model.decoder.arrays, mesh))
     arrays = put_weights(decoder_to_arrays(model.decoder), mesh)
     return dataclasses.replace(model, decoder=decoder_from_arrays(model.config, arrays))

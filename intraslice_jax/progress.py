@@ -34,7 +34,9 @@ def layer_progress(layers: int, console: Console | None = None) -> Iterator[Call
 
         def show(record: LayerRecord) -> None:
             left = clock.remaining(record.layer + 1)
-            progress.update(task, advance=1, remaining=f"{duration(left)} left", shape=describe(record))
+            progress.update(
+                task, completed=record.layer + 1, remaining=f"{duration(left)} left", shape=describe(record)
+            )
 
         yield show
 
@@ -80,12 +82,15 @@ class _Clock:
     def __init__(self, layers: int) -> None:
         self._layers = layers
         self._started = time.monotonic()
+        self._seen = 0
+        """Layers of this run: a continued one begins later."""
 
     def elapsed(self) -> float:
         return time.monotonic() - self._started
 
     def remaining(self, done: int) -> float:
-        return self.elapsed() / done * (self._layers - done)
+        self._seen += 1
+        return self.elapsed() / self._seen * (self._layers - done)
 
     def line(self, record: LayerRecord) -> str:
         done = record.layer + 1

@@ -298,7 +298,7 @@ def test_an_error_that_nobody_foresaw_keeps_its_traceback(source, tmp_path, monk
         main(["convert", str(source / "model"), str(tmp_path / "out")])
 
 
-def test_an_interrupted_run_leaves_nothing(source, tmp_path):
+def test_an_interrupted_run_leaves_its_journal_alone(source, tmp_path):
     model = write_tiny_llama(tmp_path / "m", num_hidden_layers=20)
     out = tmp_path / "out"
     # SIGINT is ignored in what a background shell starts; a person's terminal does not.
@@ -324,7 +324,8 @@ def test_an_interrupted_run_leaves_nothing(source, tmp_path):
     assert "interrupted" in lines[0]
     assert str(out) in lines[0]
     assert stdout == ""
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["m"]
+    assert "--resume goes on from" in lines[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "out.journal"]
 
 
 def test_termination_is_an_interruption(refuse, source, tmp_path, monkeypatch):

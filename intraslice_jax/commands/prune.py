@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import OmitArgPrefixes
 
@@ -12,6 +15,10 @@ from intraslice_jax.commands._command_line import command_line
 from intraslice_jax.commands._held_out import HeldOut, read_held_out
 from intraslice_jax.commands._types import Config, Dtype, Model, Output
 from intraslice_jax.config import CalibrationConfig, ParallelConfig, PruneConfig
+from intraslice_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from intraslice_jax.io.journal import Journal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +33,9 @@ class Options(HeldOut):
         config: YAML file with any of these options; the command line is stronger.
         overwrite: replace OUT if it exists.
         dtype: dtype of the weights; as stored if not given.
+        resume: continue an interrupted run of the same command from the journal beside OUT, if there is one.
+        journal: keep finished layers in the folder OUT.journal until OUT is written.
+        residency: where the layers are that are not in use: on the devices, in host memory, or in the model's files.
     """
 
     model: Model
@@ -33,26 +43,36 @@ class Options(HeldOut):
     config: Config = None
     overwrite: bool = False
     dtype: Dtype | None = None
+    resume: bool = False
+    journal: bool = True
+    residency: Literal["device", "host", "disk"] = "device"
     prune: OmitArgPrefixes[PruneConfig] = field(default_factory=PruneConfig)
     calibrate: OmitArgPrefixes[CalibrationConfig] = field(default_factory=CalibrationConfig)
     parallel: OmitArgPrefixes[ParallelConfig] = field(default_factory=ParallelConfig)
 
 
 def run(options: Options) -> None:
-    """Loads, prunes, saves."""
+    """Loads, prunes, saves; what was done by then outlives an interruption in a journal."""
     from intraslice_jax.io.atomic import check_output
 
     check_output(options.output, options.overwrite)  # before any heavy import
+    _check_journal(options)
 
     from intraslice_jax.prune.methods import create_method
 
     create_method(options.prune.method)  # a wrong name is found before the model is loaded
 
+    with _journal(options) as journal:
+        _prune(options, journal)
+
+
+def _prune(options: Options, journal: Journal | None) -> None:
     from intraslice_jax import api
     from intraslice_jax.calibrate.sources import read_sources
     from intraslice_jax.commands._output import gibibytes, number, percent, print_table, say
     from intraslice_jax.environment import StageClock, peak_rss_bytes
     from intraslice_jax.evaluate.held_out import measure_both
+    from intraslice_jax.io.memory import return_freed_arrays
     from intraslice_jax.parallel.mesh import make_mesh
     from intraslice_jax.progress import duration, layer_progress
     from intraslice_jax.report.single import write_report
@@ -62,10 +82,12 @@ def run(options: Options) -> None:
     calibrate = options.calibrate
     text = read_sources(calibrate.calibration, calibrate.split, calibrate.column, "--calibration")
     held_out = read_held_out(options) if options.text or options.dataset else None
-    model = api.load(options.model, options.dtype, make_mesh(options.parallel.mesh))
+    if options.residency != "device":
+        return_freed_arrays()
+    model = api.load(options.model, options.dtype, make_mesh(options.parallel.mesh), options.residency)
     clock.finish("reading")
     with layer_progress(model.config.num_layers) as on_layer:
-        pruned = api.prune_calibrated(model, text, options.prune, calibrate, on_layer)
+        pruned = api.prune_calibrated(model, text, options.prune, calibrate, on_layer, journal=journal)
     texts, measuring = {}, StageClock()
     if held_out is not None:
         texts[held_out.name] = measure_both(model, pruned, held_out, calibrate.sequence_length)
@@ -104,3 +126,34 @@ def run(options: Options) -> None:
         print(f"perplexity, {name}: {found['dense_perplexity']:.3f} before, {found['pruned_perplexity']:.3f} after")
     spent = f"{duration(report['seconds'])}, peak memory {gibibytes(report['peak_rss_bytes'])}"
     print(f"{options.output}: written in {spent}; see {options.output / 'report.html'}")
+
+
+def _check_journal(options: Options) -> None:
+    from intraslice_jax.io.atomic import journal_of
+
+    folder = journal_of(options.output)
+    if options.residency == "disk" and not options.journal:
+        raise InputError("residency disk keeps finished layers in the journal; leave out --no-journal")
+    if options.resume and not options.journal:
+        raise InputError("--resume needs the journal; leave out --no-journal")
+    if folder.exists() and options.journal and not (options.resume or options.overwrite):
+        raise InputError(
+            f"{folder} is of an interrupted run; continue it with --resume, or start anew with --overwrite"
+        )
+
+
+@contextmanager
+def _journal(options: Options) -> Iterator[Journal | None]:
+    """The journal of the run, removed when all went well."""
+    from intraslice_jax.io.atomic import journal_of
+    from intraslice_jax.io.journal import Journal
+
+    if not options.journal:
+        yield None
+        return
+    journal = Journal(journal_of(options.output), anew=options.overwrite and not options.resume)
+    try:
+        yield journal
+        journal.remove()
+    finally:
+        journal.close()

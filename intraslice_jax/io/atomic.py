@@ -93,6 +93,27 @@ def write_bytes(path: str | Path, content: bytes) -> None:
         work.write_bytes(content)
 
 
+def flush(folder: str | Path) -> None:
+    """Returns when all files of a folder and their names are on the disk, and not only in the system's memory."""
+    folder = Path(folder)
+    for path in (*folder.rglob("*"), folder):
+        flush_one(path)
+
+
+def flush_one(path: Path) -> None:
+    """`flush` for one file, or for the names in one folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def journal_of(output: Path) -> Path:
+    """The folder beside an output in which an unfinished run keeps its state."""
+    return output.with_name(f"{output.name}.journal")
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -26,7 +26,7 @@ from intraslice_jax.config import ModelConfig
 from intraslice_jax.errors import InputError
 from intraslice_jax.io.digests import check_digests, write_digests
 from intraslice_jax.io.streaming import StreamedArrays, write_streamed
-from intraslice_jax.model import LanguageModel, StoredModel
+from intraslice_jax.model import LanguageModel, StoredModel, as_stored
 from intraslice_jax.models.decoder import abstract_arrays, decoder_from_arrays, decoder_to_arrays
 from intraslice_jax.parallel.distributed import is_first, shared_folder
 from intraslice_jax.parallel.rules import weight_shardings
@@ -54,6 +54,7 @@ def save(model: LanguageModel | StoredModel, path: str | Path, overwrite: bool =
     Raises:
         InputError: `path` exists and `overwrite` is False, or a stored model is damaged.
     """
+    model = as_stored(model)
     stored = isinstance(model, StoredModel)
     description = {
         "format": FORMAT,
@@ -121,7 +122,7 @@ def open_checkpoint(path: str | Path, dtype: str | None = None) -> StoredModel:
             "use the version of the program that wrote it"
         )
     if is_first():  # the others read no more than their parts of the weights
-        check_digests(path)
+        check_digests(path, "state")
     try:
         config = ModelConfig.from_json(description["model"])
         abstract = abstract_arrays(config, dtype or description["dtype"])

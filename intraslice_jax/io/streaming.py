@@ -31,7 +31,7 @@ def write_streamed(
     sizes = {name: math.prod(a.shape) * a.dtype.itemsize for name, a in abstract.items()}
     most = max(max(sizes.values()) // 4, 32 * 2**20)  # of a batch: reading and writing hold more than its arrays
     batch: dict[str, np.ndarray] = {}
-    with _frugal():
+    with frugal():
         for name in arrays:
             if batch and sum(sizes[held] for held in batch) + sizes[name] > most:
                 ocp.partial.save(str(path), batch, custom_metadata=metadata)
@@ -52,7 +52,7 @@ class StreamedArrays(Mapping[str, np.ndarray]):
         # A NumPy array of no memory asks for one in return; jax's would be copied on its way to a device.
         abstract = self._abstract[name]
         wanted[name] = np.broadcast_to(np.zeros((), abstract.dtype), abstract.shape)
-        with _frugal():
+        with frugal():
             return np.asarray(ocp.load(self._path, wanted)[name])
 
     def __iter__(self) -> Iterator[str]:
@@ -62,7 +62,7 @@ class StreamedArrays(Mapping[str, np.ndarray]):
         return len(self._abstract)
 
 
-def _frugal() -> ocp.Context:
+def frugal() -> ocp.Context:
     """Orbax without copies of whole arrays: neither a safety copy nor a compressed one."""
     context = ocp.Context()
     context.memory.deepcopy_host_arrays = False

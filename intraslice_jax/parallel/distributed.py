@@ -201,7 +201,7 @@ def _watch(client: Any, timeout: float) -> None:
             elif time.monotonic() - since > timeout:
                 _complain(
                     f"process {i} gave no sign of life for {timeout:g} s; it was killed, or its host or network is "
-                    "gone. Start all processes again"
+                    "gone. Start all processes again; prune goes on with --resume"
                 )
                 _exit(1)
 

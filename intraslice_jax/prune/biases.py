@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import ChainMap
+from typing import Any
 
-import jax.numpy as jnp
+import numpy as np
 
 from intraslice_jax.model import LanguageModel
 from intraslice_jax.models.decoder import decoder_from_arrays, decoder_to_arrays
+from intraslice_jax.models.streamed import StreamedDecoder
 
 
 def with_output_biases(model: LanguageModel) -> LanguageModel:
@@ -16,12 +19,19 @@ def with_output_biases(model: LanguageModel) -> LanguageModel:
     MLP biases come all or none in `ModelConfig`, so gate and up projections get theirs as well; they stay zero
     and count as parameters.
     """
-    arrays = decoder_to_arrays(model.decoder)
+    old = model.decoder
+    arrays = old.arrays if isinstance(old, StreamedDecoder) else decoder_to_arrays(old)
+    dtype = old.embed_tokens[...].dtype
     config = dataclasses.replace(model.config, attention_output_bias=True, mlp_bias=True)
+    there = set(arrays)
+    new: dict[str, Any] = {}
     for i, shape in enumerate(config.layers):
         inner = ("gate_bias", "up_bias") if config.gated_mlp else ("up_bias",)
         sizes = {f"layers.{i}.mlp.{name}": shape.intermediate_size for name in inner}
         sizes |= {f"layers.{i}.{name}": config.hidden_size for name in ("attention.o_bias", "mlp.down_bias")}
-        for name, size in sizes.items():
-            arrays.setdefault(name, jnp.zeros(size, arrays["embed_tokens"].dtype))
-    return dataclasses.replace(model, config=config, decoder=decoder_from_arrays(config, arrays))
+        new |= {name: np.zeros(size, dtype) for name, size in sizes.items() if name not in there}
+    if isinstance(old, StreamedDecoder):
+        decoder = StreamedDecoder(config, ChainMap(new, old.arrays), old.mesh)  # pyright: ignore[reportArgumentType]
+    else:
+        decoder = decoder_from_arrays(config, {**arrays, **new})
+    return dataclasses.replace(model, config=config, decoder=decoder)

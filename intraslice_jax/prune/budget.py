@@ -46,7 +46,18 @@ class Ledger:
         self._mlp = [config.mlp_parameters(s) * r for s, r in zip(shapes, ratios.mlp, strict=True)]
         self._capacity = [self._removed(s, narrowest(s.intermediate_size, align, max_ratio)) for s in shapes]
         self._owed = 0.0
-        """Asked of the modules done so far and not removed by them."""
+
+    def __len__(self) -> int:
+        return len(self._mlp)
+
+    @property
+    def owed(self) -> float:
+        """Asked of the modules done so far and not removed by them: all that the ledger remembers of them."""
+        return self._owed
+
+    @owed.setter
+    def owed(self, owed: float) -> None:
+        self._owed = owed
 
     def attention_range(self, layer: int) -> tuple[int, int]:
         """The fewest and the most parameters that a layer's attention may keep for the budget to be met.

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
+from jaxtyping import Int
 
-from intraslice_jax.config import LayerShape, PruneConfig
+from intraslice_jax.config import LayerShape, ModelConfig, PruneConfig
 from intraslice_jax.environment import StageClock
 from intraslice_jax.errors import InputError
 from intraslice_jax.model import LanguageModel, on_mesh
-from intraslice_jax.models.decoder import block_from_arrays, decoder_from_arrays, decoder_to_arrays, run_block
+from intraslice_jax.models.decoder import Decoder, block_from_arrays, decoder_from_arrays, decoder_to_arrays, run_block
+from intraslice_jax.models.streamed import LayeredArrays, StreamedDecoder
 from intraslice_jax.parallel.distributed import agree
 from intraslice_jax.parallel.mesh import ways
-from intraslice_jax.parallel.placement import gathered, mesh_of, put_weights
+from intraslice_jax.parallel.placement import gathered, mesh_of, put_weights, to_host
+from intraslice_jax.parallel.rules import RULES
 from intraslice_jax.prune.biases import with_output_biases
 from intraslice_jax.prune.budget import LayerRatios, Ledger
 from intraslice_jax.prune.calibration import (
@@ -31,11 +34,12 @@ from intraslice_jax.prune.calibration import (
     check_weights,
     replace,
 )
-from intraslice_jax.prune.estimators import estimate_ratios
+from intraslice_jax.prune.estimators import FromFile, Uniform, estimate_ratios, find_estimator
 from intraslice_jax.prune.intraslice import IntraSlice
 from intraslice_jax.prune.method import PruningMethod
 from intraslice_jax.prune.methods import create_method
 from intraslice_jax.prune.refine import RefineSettings, refine_block
+from intraslice_jax.prune.resume import RunLog
 from intraslice_jax.prune.shapes import layer_changes
 from intraslice_jax.prune.uniform import UniformLayout, plan_uniform_layout
 
@@ -65,6 +69,7 @@ def prune_model(
     on_batch: Callable[[int, int], None] | None = None,
     ratios: LayerRatios | None = None,
     mesh: Mesh | None = None,
+    run_log: RunLog | None = None,
 ) -> LanguageModel:
     """A really smaller model (paper algorithm 1 with the fused weights kept; docs/method.md sections 2 and 3).
 
@@ -77,9 +82,11 @@ def prune_model(
         ratios: given, they are used instead of what `config.ratios` estimates.
         mesh: to spread the work over (`intraslice_jax.parallel.mesh`); None leaves the model on the device or the
             mesh that it is on.
+        run_log: keeps every finished layer; what it holds of this run already is not done again.
 
     Returns:
-        The pruned model, on the same devices; its `report` holds the records and the fractions removed.
+        The pruned model, on the same devices; its `report` holds the records and the fractions removed. The layers
+        of a `StreamedDecoder` come from `run_log`, or are in host memory where there is none.
 
     Raises:
         InputError: the windows or the configuration do not fit the model, or a weight is not finite.
@@ -95,20 +102,17 @@ def prune_model(
     if config.output_biases:
         model = on_mesh(with_output_biases(model), mesh)
     with jax.default_matmul_precision("highest"):
-        ratios = ratios or estimate_ratios(model, windows, config, on_batch)
+        ratios = ratios or _ratios(model, windows, config, on_batch, run_log)
         clock.finish("ratios")
         batch = batch_size(model.config, windows.shape, config, ways(mesh))
         layout = None
         if config.layout == "uniform":
-            layout = plan_uniform_layout(model, ResidualStream.start(model, windows, batch), ratios, config)
+            layout = _layout(model, ResidualStream.start(model, windows, batch), ratios, config, run_log)
             method = IntraSlice(layout)
         stream = ResidualStream.start(model, windows, batch)
-        blocks, records = _prune_layers(model, stream, method, ratios, config, on_layer, layout)
-    arrays = {k: v for k, v in decoder_to_arrays(model.decoder).items() if not k.startswith("layers.")}
-    for i, block in enumerate(blocks):
-        arrays |= {f"layers.{i}.{name}": array for name, array in block.arrays.items()}
+        blocks, records = _prune_layers(model, stream, method, ratios, config, on_layer, layout, run_log)
     pruned = model.config.with_layers(tuple(block.shape for block in blocks))
-    arrays = arrays if mesh is None else put_weights(arrays, mesh)
+    decoder = _assembled(model.decoder, pruned, [block.arrays for block in blocks], mesh)
     clock.finish("layers")
     report = {
         "sparsity": config.sparsity,
@@ -126,14 +130,52 @@ def prune_model(
         **layer_changes(dense, pruned),
         "stages": clock.stages,
     }
-    return dataclasses.replace(model, config=pruned, decoder=decoder_from_arrays(pruned, arrays), report=report)
+    return dataclasses.replace(model, config=pruned, decoder=decoder, report=report)
 
 
 class PrunedBlock(NamedTuple):
-    """A layer's new arrays and shape."""
+    """A layer's new arrays and shape; the arrays are NumPy's where layers are streamed."""
 
-    arrays: dict[str, Array]
+    arrays: Mapping[str, Any]
     shape: LayerShape
+
+
+def _ratios(
+    model: LanguageModel,
+    windows: np.ndarray,
+    config: PruneConfig,
+    on_batch: Callable[[int, int], None] | None,
+    run_log: RunLog | None,
+) -> LayerRatios:
+    """Those that the log holds; else estimates them, and keeps them there if that took a pass over the text."""
+    if run_log is not None and (kept := run_log.get("ratios")) is not None:
+        return LayerRatios(tuple(kept["attention"]), tuple(kept["mlp"]))
+    found = estimate_ratios(model, windows, config, on_batch)
+    if run_log is not None and not isinstance(find_estimator(config.ratios), Uniform | FromFile):
+        run_log.put("ratios", dataclasses.asdict(found))
+    return found
+
+
+def _layout(
+    model: LanguageModel, stream: ResidualStream, ratios: LayerRatios, config: PruneConfig, run_log: RunLog | None
+) -> UniformLayout:
+    """That of the log, or a new one that is kept there."""
+    if run_log is not None and (kept := run_log.get("layout")) is not None:
+        return UniformLayout(**{**kept, "pairs": tuple(kept["pairs"])})
+    found = plan_uniform_layout(model, stream, ratios, config)
+    if run_log is not None:
+        run_log.put("layout", dataclasses.asdict(found))
+    return found
+
+
+def _assembled(old: Decoder, config: ModelConfig, layers: Sequence[Mapping[str, Any]], mesh: Mesh | None) -> Decoder:
+    """The old decoder with new layers, streamed if the old one was."""
+    if isinstance(old, StreamedDecoder):
+        return StreamedDecoder(config, LayeredArrays(old.arrays, layers), mesh)
+    arrays = {k: v for k, v in decoder_to_arrays(old).items() if not k.startswith("layers.")}
+    for i, layer in enumerate(layers):
+        arrays |= {f"layers.{i}.{name}": array for name, array in layer.items()}
+    return decoder_from_arrays(config, arrays if mesh is None else put_weights(arrays, mesh))
 
 
 def _prune_layers(
@@ -144,15 +186,23 @@ def _prune_layers(
     config: PruneConfig,
     on_layer: Callable[[LayerRecord], None] | None,
     layout: UniformLayout | None,
+    run_log: RunLog | None,
 ) -> tuple[list[PrunedBlock], list[LayerRecord]]:
     ledger = Ledger(model.config, ratios, config.align, config.max_ratio)
+    streamed = isinstance(model.decoder, StreamedDecoder)
     blocks: list[PrunedBlock] = []
     records: list[LayerRecord] = []
-    dense = stream.batches
-    for i, block in enumerate(model.decoder.layers):
+    dense = stream.batches if config.refine else []
+    if run_log is not None and run_log.layers_done:
+        blocks, records = _finished(run_log, stream, ledger, streamed)
+        for i in range(len(blocks)):  # cheaper than keeping a second stream in the log
+            dense = [run_block(gathered(model.decoder.layers[i]), x, stream.rope) for x in dense]
+    for i in range(len(blocks), model.config.num_layers):
         started = time.monotonic()
-        block = gathered(block)
+        block = gathered(model.decoder.layers[i])
         arrays = decoder_to_arrays(block)
+        if streamed:
+            check_weights(arrays, f"layers.{i}.")
         attention = method.prune_attention(
             AttentionCalibration(
                 i, block, model.config.layers[i], stream, config, model.config, ledger.attention_range(i)
@@ -164,7 +214,7 @@ def _prune_layers(
         arrays = replace(arrays, "attention", attention.arrays, stream.mesh)
 
         width = ledger.mlp_width(i) if layout is None else layout.intermediate_size
-        calibration = MLPCalibration.run(i, model.config, attention.shape, arrays, stream, config)
+        calibration = MLPCalibration.run(i, model.config, attention.shape, arrays, stream, config, attention.behind)
         mlp = method.prune_mlp(calibration, width)
         agree(f"{None if mlp.channels is None else list(mlp.channels)}", f"layer {i}, MLP")
         arrays = replace(arrays, "mlp", mlp.arrays, stream.mesh)
@@ -181,7 +231,6 @@ def _prune_layers(
             stream.batches = [run_block(small, x, stream.rope) for x in stream.batches]
         else:
             stream.batches = calibration.outputs(small, mlp.channels)
-        blocks.append(PrunedBlock(arrays, shape))
         record = LayerRecord(
             layer=i,
             kept_heads=attention.heads,
@@ -196,10 +245,49 @@ def _prune_layers(
             seconds=time.monotonic() - started,
         )
         records.append(record)
+        if run_log is not None:
+            facts = {"shape": dataclasses.asdict(shape), "record": dataclasses.asdict(record)}
+            behind = stream.batches if i + 1 < model.config.num_layers else []
+            run_log.layer_done(i, arrays, facts, behind, {"owed": ledger.owed})
+        if streamed:  # the log gives them back when they are wanted
+            arrays = {name: to_host(array) for name, array in arrays.items()} if run_log is None else {}
+        elif stream.mesh is not None:
+            arrays = put_weights(arrays, stream.mesh)  # at rest a layer lies in parts
+        blocks.append(PrunedBlock(arrays, shape))
+        # What calibrated a layer must not outlive it.
+        del block, small, arrays, attention, calibration, mlp
         if on_layer is not None:
             on_layer(record)
     if layout is None:
         ledger.check()  # a layout was checked as a whole
+    if run_log is not None:
+        run_log.flush()
+        if streamed:
+            blocks = [PrunedBlock(run_log.layer(i)[0], block.shape) for i, block in enumerate(blocks)]
+    return blocks, records
+
+
+def _finished(
+    run_log: RunLog, stream: ResidualStream, ledger: Ledger, streamed: bool
+) -> tuple[list[PrunedBlock], list[LayerRecord]]:
+    """The layers of the log; brings the stream and the ledger to where they were behind the last of them."""
+    blocks: list[PrunedBlock] = []
+    records: list[LayerRecord] = []
+    for i in range(run_log.layers_done):
+        arrays, facts = run_log.layer(i)
+        if not streamed:
+            whole = {name: arrays[name] for name in arrays}
+            mesh = stream.mesh
+            arrays = (
+                {name: jnp.asarray(array) for name, array in whole.items()}
+                if mesh is None
+                else put_weights(whole, mesh, RULES.in_use(), quiet=True)
+            )
+        blocks.append(PrunedBlock(arrays, LayerShape.from_json(facts["shape"])))
+        records.append(LayerRecord(**{**facts["record"], "kept_heads": tuple(facts["record"]["kept_heads"])}))
+    more = run_log.layers_done < len(ledger)
+    stream.batches, facts = run_log.stream(stream.batches if more else [])
+    ledger.owed = facts["owed"]
     return blocks, records
 
 

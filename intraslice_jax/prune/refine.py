@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -125,7 +125,8 @@ def _step(
     loss, gradient = jax.value_and_grad(_loss)(learned, block, x, target, rope)
     with jax.numpy_dtype_promotion("standard"):  # Adam raises a float to its integer step count
         update, state = _optimiser(settings, steps).update(gradient, state)
-    return {name: weight + sizes[name] * update[name] for name, weight in learned.items()}, state, loss
+    step = cast(dict[str, Array], update)
+    return {name: weight + sizes[name] * step[name] for name, weight in learned.items()}, state, loss
 
 
 @jax.jit

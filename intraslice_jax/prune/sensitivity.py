@@ -150,8 +150,8 @@ class _Tail:
     def divergence(self, block: Block) -> float:
         """Mean divergence when the layer at hand is replaced."""
         decoder, x = self.model.decoder, run_block(block, self.x, self._rope)
-        for later in list(decoder.layers)[self.layer + 1 :]:
-            x = run_block(gathered(later), x, self._rope)
+        for later in range(self.layer + 1, len(decoder.layers)):
+            x = run_block(gathered(decoder.layers[later]), x, self._rope)
         divergence = token_kl(decoder, self.final, decoder.norm(x[:, self.positions]))
         return float(to_host(divergence).mean(dtype=np.float64))
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from contextlib import closing
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from intraslice_jax.config import PruneConfig
 from intraslice_jax.errors import InputError
 from intraslice_jax.evaluate.perplexity import perplexity
 from intraslice_jax.io.checkpoint import restore, save
+from intraslice_jax.io.journal import Journal
 from intraslice_jax.model import on_mesh
 from intraslice_jax.models.decoder import decoder_to_arrays
 from intraslice_jax.models.generate import generate
@@ -235,3 +237,30 @@ def test_biases_are_added_on_the_mesh():
     bias = decoder_to_arrays(found.decoder)["layers.0.attention.o_bias"]
     assert len(bias.sharding.device_set) == 8
     assert np.abs(np.asarray(bias)).max() > 0
+
+
+def test_a_run_on_a_mesh_is_continued_to_the_same_bits(tmp_path):
+    mesh, model = make_mesh("data=2,model=4"), make("gqa", layers=2)
+    expected = arrays_of(prune_model(model, windows(10), FINE, mesh=mesh))
+
+    def stop(record):
+        raise StopIteration
+
+    for on_layer in (stop, None):
+        with closing(Journal(tmp_path / "journal")) as journal:
+            journal.begin({})
+            assert journal.layers_done == (on_layer is None)
+            try:
+                found = arrays_of(prune_model(model, windows(10), FINE, on_layer, mesh=mesh, run_log=journal))
+            except StopIteration:
+                continue
+    for name, array in expected.items():
+        assert found[name].tobytes() == array.tobytes(), name
+
+
+def test_layers_streamed_to_a_mesh(tmp_path):
+    mesh, folder = make_mesh("data=4,model=2"), write_tiny_llama(tmp_path / "model")
+    tokens = np.random.default_rng(0).integers(0, 258, (8, 32), dtype=np.int32)
+    here, there = (prune_model(api.load(folder, mesh=mesh, residency=r), tokens, FINE) for r in ("device", "disk"))
+    for name, array in arrays_of(here).items():
+        assert there.decoder.arrays[name].tobytes() == array.tobytes(), name

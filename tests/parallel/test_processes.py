@@ -82,6 +82,41 @@ def test_two_processes_write_the_checkpoint_of_one(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "one", "text", "two"]  # no partial folder
 
 
+@pytest.mark.slow
+def test_two_processes_that_are_killed_go_on(tmp_path):
+    model = write_tiny_llama(tmp_path / "model", num_hidden_layers=2)
+    (tmp_path / "text").write_text(tiny_text())
+    options = [
+        *("prune", str(model), "--calibration", str(tmp_path / "text"), "--samples", "4"),
+        *("--sequence-length", "32", "--align", "1", "--resume", "--output"),
+    ]
+
+    def start_both(name: str) -> list[subprocess.Popen]:
+        port = free_port()
+        peers = ["--num-processes", "2", "--coordinator", f"localhost:{port}", "--process-id"]
+        return [start(["-m", "intraslice_jax", *options, str(tmp_path / name), *peers, str(i)]) for i in range(2)]
+
+    processes = start_both("two")
+    assert processes[0].stderr is not None
+    for line in processes[0].stderr:
+        if line.startswith("[1/2]"):
+            break
+    for process in processes:
+        process.kill()
+    finish(processes)
+    assert sorted(path.name for path in (tmp_path / "two.journal" / "layers").glob("0*")) == ["00000"]
+    for code, _, errors in (again := finish(start_both("two"))):
+        assert code == 0, errors
+    assert "going on behind layer 0" in again[0][2]
+    assert main([*options, str(tmp_path / "one")]) == 0
+    one, two = api.restore(tmp_path / "one"), api.restore(tmp_path / "two")
+    assert two.config == one.config
+    expected, found = decoder_to_arrays(one.decoder), decoder_to_arrays(two.decoder)
+    for name, array in expected.items():
+        np.testing.assert_allclose(found[name], array, atol=5e-5 * np.abs(np.asarray(array)).max())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "one", "text", "two"]
+
+
 def peer(port: int, number: int, fate: str) -> subprocess.Popen:
     return start(["-m", "tests.parallel.peers", str(port), str(number), fate])
 

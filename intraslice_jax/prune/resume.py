@@ -1,0 +1,53 @@
+"""What the loop over layers asks of whoever keeps its state, so that it can go on after it was stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Array
+
+
+@runtime_checkable
+class RunLog(Protocol):
+    """Keeps the finished layers, the residual stream behind the last of them, and small facts.
+
+    Facts are JSON-serialisable. With several processes all of them make the same calls.
+    """
+
+    @property
+    def layers_done(self) -> int:
+        """How many layers were finished when this run began; it goes on with the next."""
+        ...
+
+    def get(self, name: str) -> Any:
+        """The fact of that name, None if there is none."""
+        ...
+
+    def put(self, name: str, fact: Any) -> None:
+        """Keeps a fact."""
+        ...
+
+    def layer(self, index: int) -> tuple[Mapping[str, np.ndarray], dict[str, Any]]:
+        """A finished layer: arrays by name, each read when it is asked for, and facts."""
+        ...
+
+    def stream(self, like: Sequence[Array]) -> tuple[list[Array], dict[str, Any]]:
+        """The stream behind the last finished layer, with the shapes and on the devices of `like`, and facts."""
+        ...
+
+    def layer_done(
+        self,
+        index: int,
+        arrays: Mapping[str, Array],
+        facts: Mapping[str, Any],
+        stream: Sequence[Array],
+        stream_facts: Mapping[str, Any],
+    ) -> None:
+        """Keeps a layer and what lies behind it; it may return before they are safe."""
+        ...
+
+    def flush(self) -> None:
+        """Returns when all is safe."""
+        ...
