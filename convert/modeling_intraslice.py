@@ -232,7 +232,11 @@ class IntraSliceAttention(nn.Module):
             # [rows, kv heads, positions, pairs] of this layer's own frequencies
             cos, sin = (table[..., self.rope_pairs].transpose(1, 2) for table in position_embeddings)
             key = rotate(key, cos, sin)
-            query = rotate(query, cos.index_select(1, self.query_to_kv), sin.index_select(1, self.query_to_kv))
+            if self.ragged:
+                query = rotate(query, cos.index_select(1, self.query_to_kv), sin.index_select(1, self.query_to_kv))
+            else:  # the queries of a group lie side by side and share the tables
+                grouped = query.unflatten(1, (-1, self.num_key_value_groups))
+                query = rotate(grouped, cos.unsqueeze(2), sin.unsqueeze(2)).flatten(1, 2)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         if self.ragged:

@@ -6,6 +6,9 @@
     pruned = isl.prune(model, text, sparsity=0.3)
 
 The functions are imported when first used, so that importing the package (and `intraslice --help`) is instant.
+
+`isl.prune` is the function. Modules of the subpackage of that name are imported with `from`, as in
+`from intraslice_jax.prune import pipeline`; `import intraslice_jax.prune.pipeline as p` would look into the function.
 """
 
 from __future__ import annotations

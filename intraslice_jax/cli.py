@@ -65,17 +65,19 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def find_commands() -> dict[str, ModuleType]:
-    """The modules of `intraslice_jax.commands` by command name."""
+    """The modules of `intraslice_jax.commands` by command name; `bench_prune` is the command `bench prune`."""
     names = [info.name for info in pkgutil.iter_modules(commands.__path__) if not info.name.startswith("_")]
-    return {name: importlib.import_module(f"{commands.__name__}.{name}") for name in names}
+    return {name.replace("_", " "): importlib.import_module(f"{commands.__name__}.{name}") for name in names}
 
 
 def _parse(given: list[str], modules: dict[str, ModuleType]) -> tuple[str, Any]:
     """The command's name and its options, where the command line is stronger than YAML than defaults."""
     options: dict[str, type] = {name: module.Options for name, module in modules.items()}
+    if " ".join(given[:2]) in modules:
+        given = [" ".join(given[:2]), *given[2:]]
     command = given[0] if given else ""
     if command in modules:
-        given = arguments.merge_repeated(given, options[command])
+        given = arguments.merge_repeated(arguments.numbers_for_names(given, options[command]), options[command])
         config = arguments.config_file(given, getattr(modules[command], "DEFAULT_CONFIG", None))
         if config is not None:
             options[command] = with_defaults(options[command], load_settings(config, options[command]))
@@ -89,6 +91,7 @@ def _prepare_process() -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # retries; the failure itself is told by us
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries; ours know where they are

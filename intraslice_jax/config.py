@@ -224,6 +224,10 @@ class CalibrationConfig:
     seed: int = 0
 
 
+ALIGNMENTS = {"cpu": 8, "gpu": 64, "tpu": 128}
+"""What YAML and the command line may write for `align`: tiles of the matrix units."""
+
+
 @dataclass(frozen=True)
 class PruneConfig:
     """How a model is pruned.
@@ -240,7 +244,7 @@ class PruneConfig:
             (stock loaders and tensor parallelism need that).
         layout: `ragged` lets every layer have its own heads and widths; `uniform` gives all layers the same numbers of
             heads, RoPE pairs and widths, so that the export is a smaller stock model.
-        align: MLP widths are multiples of this.
+        align: MLP widths are multiples of this: a number, or `cpu` (8), `gpu` (64) or `tpu` (128).
         damping: added to the diagonal of a Gram matrix, times its mean diagonal.
         iterative: learned mixtures of MLP channels: `never`, `always`, or `auto` for MLPs that keep few channels.
         selection: how MLP channels are chosen: `energy` (the paper's) by their own share of the output, `obs` one by
@@ -264,7 +268,7 @@ class PruneConfig:
     gradient_group: int = 8
     grouping: Literal["ragged", "uniform"] = "ragged"
     layout: Literal["ragged", "uniform"] = "ragged"
-    align: int = 8
+    align: int = field(default=8, metadata={"names": ALIGNMENTS})
     damping: float = 0.01
     iterative: Literal["never", "auto", "always"] = "auto"
     selection: Literal["energy", "obs"] = "energy"

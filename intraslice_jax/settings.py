@@ -110,6 +110,8 @@ def _defaults(data: Mapping[str, Any], options: type) -> dict[str, Any]:
     def put(section: str, key: str, value: Any) -> None:
         if key in inside[section]:
             raise InputError(f"{key} is given twice, at the top and under {section}")
+        (field,) = (f for f in dataclasses.fields(sections[section]) if f.name == key)
+        value = field.metadata.get("names", {}).get(value, value) if isinstance(value, str) else value
         inside[section][key] = convert(value, get_type_hints(sections[section])[key], key)
 
     for key, value in data.items():

@@ -7,6 +7,7 @@ from typing import Literal
 import pytest
 import yaml
 
+from intraslice_jax.cli import _parse, find_commands
 from intraslice_jax.config import CalibrationConfig, PruneConfig
 from intraslice_jax.errors import InputError
 from intraslice_jax.settings import as_settings, load_settings, with_defaults
@@ -113,3 +114,20 @@ def test_the_settings_of_a_run_read_back_as_the_same_options(load):
     again = with_defaults(Options, load(yaml.safe_dump(as_settings(options))))()
     assert as_settings(again) == as_settings(options)
     assert again.prune == options.prune
+
+
+@pytest.mark.parametrize(("given", "expected"), [("gpu", 64), ("tpu", 128), ("cpu", 8), (24, 24)])
+def test_alignments_have_names(tmp_path, given, expected):
+    path = tmp_path / "c.yaml"
+    for text in (f"align: {given}", f"prune:\n  align: {given}"):
+        path.write_text(text)
+        options = load_settings(path, find_commands()["prune"].Options)
+        assert options["prune"].align == expected
+    words = ["prune", "m", "-o", "out"]
+    for flag in (["--align", str(given)], [f"--align={given}"]):
+        assert _parse([*words, *flag], find_commands())[1].prune.align == expected
+
+
+def test_an_unknown_alignment(tmp_path):
+    with pytest.raises(InputError, match="align"):
+        _parse(["prune", "m", "-o", "out", "--align", "npu"], find_commands())

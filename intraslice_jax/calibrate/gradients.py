@@ -29,6 +29,7 @@ from intraslice_jax.models.rope import RopeTable
 from intraslice_jax.parallel.batches import even_batch
 from intraslice_jax.parallel.mesh import ways
 from intraslice_jax.parallel.placement import gathered, mesh_of, put_batch, to_host
+from intraslice_jax.stages import stage
 
 OnBatch = Callable[[int, int], None]
 """Told how many sequences are done, and of how many."""
@@ -99,6 +100,7 @@ def group_gradients(
         yield _sum(pending)
 
 
+@stage("head moments")
 def head_grams(
     model: LanguageModel,
     windows: Int[np.ndarray, "samples seq"],
@@ -190,19 +192,34 @@ def _sequences(
 
 
 def _one_batch(decoder: Decoder, tokens: Array, rope: RopeTable, matrices: bool) -> _Sequences:
+    x, boundaries, grams = _forwards(decoder, tokens, rope)
+    loss, cotangent = _loss_gradient(decoder, x, tokens)
+    attention, mlp = _backwards(decoder, boundaries, rope, cotangent, matrices)
+    return _Sequences(*jax.tree.map(to_host, (attention, mlp, grams, loss)))
+
+
+@stage("gradients: forward")
+def _forwards(decoder: Decoder, tokens: Array, rope: RopeTable) -> tuple[Array, list[Array], tuple[Array, ...]]:
+    """What leaves the last layer, and for every layer what enters it and its heads' second moments."""
     x, boundaries, grams = decoder.embed(tokens), [], []
     for block in decoder.layers:
         boundaries.append(x)
         x, gram = _forward(gathered(block), x, rope)
         grams.append(gram)
-    loss, cotangent = _loss_gradient(decoder, x, tokens)
+    return x, boundaries, tuple(grams)
+
+
+@stage("gradients: backward")
+def _backwards(
+    decoder: Decoder, boundaries: list[Array], rope: RopeTable, cotangent: Array, matrices: bool
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """Mask gradients of all attentions and all MLPs. Uses up the boundaries and the cotangent."""
     attention, mlp = [], []
     for block in reversed(decoder.layers):
         cotangent, masks = _backward(gathered(block), boundaries.pop(), rope, cotangent, matrices)
         attention.append(masks.attention)
         mlp.append(masks.mlp)
-    parts = (tuple(attention[::-1]), tuple(mlp[::-1]), tuple(grams), loss)
-    return _Sequences(*jax.tree.map(to_host, parts))
+    return tuple(attention[::-1]), tuple(mlp[::-1])
 
 
 @jax.jit
@@ -211,12 +228,13 @@ def _forward(
 ) -> tuple[Float[Array, "batch seq hidden"], Float[Array, "batch heads v v"]]:
     """A layer, and y_h^T y_h of its heads per sequence."""
     y = block.attention.mix(block.input_norm(x), rope)
-    wide = y.astype(jnp.float32)
-    gram = jnp.einsum("bthv,bthw->bhvw", wide, wide, precision=jax.lax.Precision.HIGHEST)
+    wide = y.astype(jnp.float32).swapaxes(1, 2)
+    gram = jnp.einsum("bhtv,bhtw->bhvw", wide, wide, precision=jax.lax.Precision.HIGHEST)
     after_attention = x + block.attention.output(y)
     return after_attention + block.mlp(block.mlp_input(x, after_attention)), gram
 
 
+@stage("gradients: loss")
 def _loss_gradient(decoder: Decoder, x: Array, tokens: Array) -> tuple[Array, Array]:
     """Mean token loss of each sequence, and the gradient of their sum with respect to the last layer's output."""
 

@@ -18,7 +18,8 @@ from jaxtyping import Array, Float, Int
 from intraslice_jax.config import LayerShape
 from intraslice_jax.models.attention import attend_causally
 from intraslice_jax.models.decoder import Block
-from intraslice_jax.models.mlp import inner_activations
+from intraslice_jax.models.mlp import MLP, inner_activations
+from intraslice_jax.models.norm import Norm
 from intraslice_jax.models.rope import RopeTable
 
 Moments = TypeVar("Moments")
@@ -133,6 +134,12 @@ def _add_pair(moments: MapMoments, inputs: Array, targets: Array) -> MapMoments:
     )
 
 
+def _head_grams(y: Float[Array, "batch seq heads width"]) -> Float[Array, "heads width width"]:
+    """y_h^T y_h of every head. With heads first the products are of plain matrices, several times as fast on a CPU."""
+    heads = y.reshape(y.shape[0] * y.shape[1], *y.shape[2:]).swapaxes(0, 1)
+    return _product("hnv,hnw->hvw", heads, heads)
+
+
 class Mixed(NamedTuple):
     """An attention's queries and keys (after RoPE), values and output y on one batch."""
 
@@ -149,21 +156,29 @@ def mix(block: Block, x: Float[Array, "batch seq hidden"], rope: RopeTable) -> M
     return Mixed(q, k, v, block.attention.mix_projected(q, k, v))
 
 
-@functools.partial(jax.jit, static_argnames=("query_to_kv", "rotary_dim"), donate_argnums=0)
+@functools.partial(jax.jit, static_argnames=("query_to_kv", "rotary_dim", "joint_pairs"), donate_argnums=0)
 def add_attention(
-    moments: AttentionMoments, mixed: Mixed, query_to_kv: tuple[int, ...], rotary_dim: int
+    moments: AttentionMoments,
+    mixed: Mixed,
+    query_to_kv: tuple[int, ...],
+    rotary_dim: int,
+    joint_pairs: bool = True,
 ) -> AttentionMoments:
-    """Adds a batch to the moments of the attention as it is."""
+    """Adds a batch to the moments of the attention as it is; to those of rotated channels only with `joint_pairs`."""
     q, k, y = (a.astype(jnp.float32) for a in (mixed.q, mixed.k, mixed.y))
     (turned_q, rest_q), (turned_k, rest_k) = (jnp.split(a, [rotary_dim], -1) for a in (q, k))
-    return AttentionMoments(
-        moments.head_gram + _product("bthv,bthw->hvw", y, y),
-        moments.pair_scores + jnp.abs(q * k[:, :, jnp.asarray(query_to_kv)]).sum((0, 1)),
-        moments.rotary_query_gram + _product("bthv,bthw->hvw", turned_q, turned_q),
-        moments.rotary_key_gram + _product("bthv,bthw->hvw", turned_k, turned_k),
-        moments.rotary_key_sum + turned_k.sum((0, 1)),
-        moments.rest_query_gram + _product("bthv,bthw->hvw", rest_q, rest_q),
-        moments.rest_key_gram + _product("bthv,bthw->hvw", rest_k, rest_k),
+    new = moments._replace(
+        head_gram=moments.head_gram + _head_grams(y),
+        pair_scores=moments.pair_scores + jnp.abs(q * k[:, :, jnp.asarray(query_to_kv)]).sum((0, 1)),
+        rest_query_gram=moments.rest_query_gram + _head_grams(rest_q),
+        rest_key_gram=moments.rest_key_gram + _head_grams(rest_k),
+    )
+    if not joint_pairs:
+        return new
+    return new._replace(
+        rotary_query_gram=moments.rotary_query_gram + _head_grams(turned_q),
+        rotary_key_gram=moments.rotary_key_gram + _head_grams(turned_k),
+        rotary_key_sum=moments.rotary_key_sum + turned_k.sum((0, 1)),
     )
 
 
@@ -195,28 +210,43 @@ def add_kept_attention(
     key_maps: Float[Array, "kept qk width"],
     scale: float,
     sliding_window: int | None,
-) -> MapMoments:
+) -> tuple[MapMoments, Float[Array, "batch seq kept v"]]:
     """Adds a batch to the moments of the attention re-run with what is kept (docs/method.md 2.3).
 
     Inputs are y' of the kept heads, whose queries and keys went through a map each (RoPE done), targets are the
     full attention's y on the same x.
+
+    Returns:
+        The accumulator, and y'.
     """
     kept_q = jnp.einsum("bthk,hkw->bthw", mixed.q[:, :, heads], query_maps.astype(mixed.q.dtype))
     kept_k = jnp.einsum("bthk,hkw->bthw", mixed.k[:, :, kv], key_maps.astype(mixed.k.dtype))
     every = tuple(range(heads.shape[0]))
     kept = attend_causally(kept_q, kept_k, mixed.v[:, :, kv], every, scale, sliding_window)
-    return _add_pair(moments, _flat(kept), _flat(mixed.y))
+    return _add_pair(moments, _flat(kept), _flat(mixed.y)), kept
+
+
+@jax.jit
+def leave_attention(
+    x: Float[Array, "batch seq hidden"],
+    kept: Float[Array, "batch seq kept v"],
+    output: Float[Array, "kept v hidden"],
+    bias: Float[Array, " hidden"] | None,
+) -> Float[Array, "batch seq hidden"]:
+    """The residual stream behind an attention of which y' is known, given it before."""
+    out = x + jnp.einsum("bthv,hvd->btd", kept, output)
+    return out if bias is None else out + bias[None, None]
 
 
 @functools.partial(jax.jit, donate_argnums=1)
 def finish_selected(
-    block: Block,
+    mlp: MLP,
     after_attention: Float[Array, "batch seq hidden"],
     inner: Float[Array, "batch seq inner"],
     channels: Int[Array, " kept"],
 ) -> Float[Array, "batch seq hidden"]:
     """`finish_layer` where the new MLP's inner activations are some of the old one's."""
-    return after_attention + block.mlp.output(inner[..., channels])
+    return after_attention + mlp.output(inner[..., channels])
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -230,8 +260,21 @@ def attend_and_add_mlp(
     """
     after_attention = x + block.attention(block.input_norm(x), rope)
     inner = block.mlp.inner(block.mlp_input(x, after_attention))
+    return _add_gram(moments, inner), after_attention, inner
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def add_mlp(
+    moments: GramMoments, norm: Norm, mlp: MLP, x: Float[Array, "batch seq hidden"]
+) -> tuple[GramMoments, Float[Array, "batch seq inner"]]:
+    """Adds the moments of the down-projection's input, and returns that, given what the MLP's norm reads."""
+    inner = mlp.inner(norm(x))
+    return _add_gram(moments, inner), inner
+
+
+def _add_gram(moments: GramMoments, inner: Float[Array, "batch seq inner"]) -> GramMoments:
     z = _flat(inner)
-    return GramMoments(moments.gram + _gram(z), moments.total + z.sum(0)), after_attention, inner
+    return GramMoments(moments.gram + _gram(z), moments.total + z.sum(0))
 
 
 @functools.partial(jax.jit, static_argnames="hidden_act", donate_argnums=0)

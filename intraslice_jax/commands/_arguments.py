@@ -76,6 +76,31 @@ def merge_repeated(args: Sequence[str], options: type) -> list[str]:
     return merged + [part for flag, values in collected.items() for part in (flag, *values)]
 
 
+def numbers_for_names(args: Sequence[str], options: type) -> list[str]:
+    """Arguments in which the names of an option's values (`--align gpu`) are those values."""
+    known = {f"--{name.replace('_', '-')}": names for name, names in _named(options).items()}
+    replaced: list[str] = []
+    for argument in args:
+        flag, given, value = argument.partition("=")
+        if given and flag in known:
+            argument = f"{flag}={known[flag].get(value, value)}"
+        elif replaced and replaced[-1] in known:
+            argument = str(known[replaced[-1]].get(argument, argument))
+        replaced.append(argument)
+    return replaced
+
+
+def _named(options: type) -> dict[str, Mapping[str, Any]]:
+    """Options whose values have names, those of sections included."""
+    hints, found = get_type_hints(options), {}
+    for field in dataclasses.fields(options):
+        if dataclasses.is_dataclass(hints[field.name]):
+            found |= _named(hints[field.name])
+        elif "names" in field.metadata:
+            found[field.name] = field.metadata["names"]
+    return found
+
+
 def _several(options: type) -> list[str]:
     names = []
     for name, hint in get_type_hints(options).items():

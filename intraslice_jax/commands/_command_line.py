@@ -31,7 +31,7 @@ def command_line(command: str, options: Any) -> str:
             flags += _flags(value)
         elif field.name not in (*_LEFT_OUT, "config"):
             flags += _flag(field.name, as_settings(options).get(field.name), _default(field))
-    return shlex.join(["intraslice", command, *positional, *flags])
+    return shlex.join(["intraslice", *command.split(" "), *positional, *flags])
 
 
 def _flags(section: Any) -> list[str]:

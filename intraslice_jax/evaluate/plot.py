@@ -23,6 +23,7 @@ def plot_rows(rows: Sequence[Row], title: str, path: str | Path | BytesIO) -> bo
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogFormatter
     except ImportError:
         return False
     lines: dict[str, list[tuple[float, float]]] = {}
@@ -42,6 +43,8 @@ def plot_rows(rows: Sequence[Row], title: str, path: str | Path | BytesIO) -> bo
     if dense is not None:
         axes.axhline(dense, color="black", linestyle=":", label="dense")
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(LogFormatter())  # 30, not 3 x 10^1
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
     axes.set_xlabel("removed from the decoder layers, %")
     axes.set_ylabel("perplexity")
     axes.set_title(title)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from intraslice_jax.config import LayerShape, ModelConfig
+from intraslice_jax.models.attention_by_head import attend_by_head, one_cpu
 from intraslice_jax.models.initialise import normal, optional_zeros
 from intraslice_jax.models.rope import RopeTable, rotate
 
@@ -92,6 +96,10 @@ def attend_causally(
     """
     seq = q.shape[1]
     chunk = max(128, -(-seq // 8))
+    if one_cpu():
+        return attend_by_head(q, k, v, query_to_kv, scale, sliding_window, max(256, chunk))
+    if fused_kernel(q, k, v, query_to_kv):
+        return attend_fused(q, k, v, scale, sliding_window, "cudnn")
     outputs = []
     for start in range(0, seq, chunk):
         stop = min(start + chunk, seq)
@@ -102,6 +110,43 @@ def attend_causally(
             visible &= distance < sliding_window
         outputs.append(attend(q[:, start:stop], k[:, first:stop], v[:, first:stop], visible[None], query_to_kv, scale))
     return jnp.concatenate(outputs, 1)
+
+
+def fused_kernel(q: Array, k: Array, v: Array, query_to_kv: tuple[int, ...]) -> bool:
+    """Whether cuDNN's FlashAttention takes these shapes: half precision, equal widths, groups of equal size."""
+    heads, kv, width = q.shape[2], k.shape[2], q.shape[3]
+    even = all(query_to_kv.count(j) * kv == heads for j in range(kv))
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    fits = width == v.shape[3] and width % 8 == 0 and width <= 128
+    return even and half and fits and has_fused_kernel()
+
+
+@functools.cache
+def has_fused_kernel() -> bool:
+    """Whether all there is to compute with is one GPU on which cuDNN's attention compiles."""
+    if jax.default_backend() != "gpu" or jax.device_count() > 1:
+        return False
+    some = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)
+    try:
+        jax.jit(lambda q, k, v: attend_fused(q, k, v, 1.0, 64, "cudnn")).lower(some, some, some).compile()
+    except Exception:  # an old GPU or no cuDNN: whatever it is, the products below do the same
+        return False
+    return True
+
+
+def attend_fused(
+    q: Float[Array, "batch seq heads width"],
+    k: Float[Array, "batch seq kv width"],
+    v: Float[Array, "batch seq kv width"],
+    scale: float,
+    sliding_window: int | None,
+    implementation: Literal["cudnn", "xla"],
+) -> Float[Array, "batch seq heads width"]:
+    """`attend_causally` for shapes that `fused_kernel` allows."""
+    window = None if sliding_window is None else (sliding_window - 1, 0)
+    return jax.nn.dot_product_attention(
+        q, k, v, scale=scale, is_causal=True, local_window_size=window, implementation=implementation
+    )
 
 
 def attend(

@@ -40,12 +40,12 @@ def prefill(
         slots: how many tokens the cache can hold, at least seq.
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
-    x, rope = decoder.embed(tokens), _rope(decoder, positions, lengths)
+    x, rope = decoder.embed(tokens), cache_rope(decoder, positions, lengths)
     caches = []
     for block in decoder.layers:
-        x, cache = _prefill_block(gathered(block), x, rope, slots)
+        x, cache = prefill_block(gathered(block), x, rope, slots)
         caches.append(cache)
-    return _logits_at(decoder, x, lengths - 1), caches
+    return logits_at(decoder, x, lengths - 1), caches
 
 
 def decode(
@@ -63,18 +63,19 @@ def decode(
         caches: what `prefill` or `decode` returned.
     """
     at = positions[:, None]
-    x, rope = decoder.embed(tokens[:, None]), _rope(decoder, at, positions + 1)
+    x, rope = decoder.embed(tokens[:, None]), cache_rope(decoder, at, positions + 1)
     updated = []
     for block, cache in zip(decoder.layers, caches, strict=True):
-        x, cache = _decode_block(gathered(block), x, rope, cache, at)
+        x, cache = decode_block(gathered(block), x, rope, cache, at)
         updated.append(cache)
-    return _logits_at(decoder, x, jnp.zeros_like(positions)), updated
+    return logits_at(decoder, x, jnp.zeros_like(positions)), updated
 
 
 @functools.partial(jax.jit, static_argnames="slots")
-def _prefill_block(
+def prefill_block(
     block: Block, x: Float[Array, "batch seq hidden"], rope: RopeTable, slots: int
 ) -> tuple[Float[Array, "batch seq hidden"], LayerCache]:
+    """One layer of `prefill`."""
     attention = block.attention
     q, k, v = attention.project(block.input_norm(x), rope)
     after = x + attention.output(attention.mix_projected(q, k, v))
@@ -83,13 +84,14 @@ def _prefill_block(
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
-def _decode_block(
+def decode_block(
     block: Block,
     x: Float[Array, "batch 1 hidden"],
     rope: RopeTable,
     cache: LayerCache,
     positions: Int[Array, "batch 1"],
 ) -> tuple[Float[Array, "batch 1 hidden"], LayerCache]:
+    """One layer of `decode`; uses up the cache."""
     attention = block.attention
     q, k, v = attention.project(block.input_norm(x), rope)
     cache = LayerCache(_write(cache.keys, k, positions), _write(cache.values, v, positions))
@@ -111,7 +113,8 @@ def _write(
     return cache.at[rows, positions].set(new, mode="drop", unique_indices=True)
 
 
-def _rope(decoder: Decoder, positions: Int[Array, "batch seq"], lengths: Int[Array, " batch"]) -> RopeTable:
+def cache_rope(decoder: Decoder, positions: Int[Array, "batch seq"], lengths: Int[Array, " batch"]) -> RopeTable:
+    """Tables for positions of rows whose whole contexts have these lengths."""
     config = decoder.config
     return _rope_rows(config.rope, config.rotary_dim, config.max_position_embeddings, positions, lengths)
 
@@ -126,7 +129,8 @@ def _rope_rows(rope: RopeConfig, rotary_dim: int, limit: int, positions: Array, 
     return jax.vmap(row)(positions, lengths)
 
 
-def _logits_at(decoder: Decoder, x: Array, index: Int[Array, " batch"]) -> Float[Array, "batch vocab"]:
+def logits_at(decoder: Decoder, x: Array, index: Int[Array, " batch"]) -> Float[Array, "batch vocab"]:
+    """Logits, float32, at one index of each row of the residual stream behind the last layer."""
     bias = None if decoder.lm_head_bias is None else decoder.lm_head_bias[...]
     return _norm_and_head(decoder.norm, decoder.head, bias, x, index)
 

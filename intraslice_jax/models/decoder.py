@@ -121,7 +121,7 @@ def decoder_from_arrays(config: ModelConfig, arrays: Mapping[str, Any]) -> Decod
 
 def block_from_arrays(config: ModelConfig, shape: LayerShape, arrays: Mapping[str, Any]) -> Block:
     """One layer from a mapping of paths within it (`attention.q_proj`), checked like a whole decoder."""
-    return _fill(lambda dtype: _abstract(lambda: Block(config, shape, dtype, nnx.Rngs(0))), arrays, "mlp.up_proj")
+    return _fill(lambda dtype: _with_dtype(_abstract_block(config, shape), dtype), arrays, "mlp.up_proj")
 
 
 def decoder_to_arrays(module: nnx.Module) -> dict[str, Array]:
@@ -144,7 +144,13 @@ def _fill(abstract: Callable[[Any], Any], arrays: Mapping[str, Any], dtype_of: s
 
 
 def _abstract_decoder(config: ModelConfig, dtype: Any) -> tuple[Any, dict[str, jax.ShapeDtypeStruct]]:
-    treedef, leaves = _abstract_float32(config)
+    return _with_dtype(_abstract_float32(config), dtype)
+
+
+def _with_dtype(
+    abstract: tuple[Any, dict[str, jax.ShapeDtypeStruct]], dtype: Any
+) -> tuple[Any, dict[str, jax.ShapeDtypeStruct]]:
+    treedef, leaves = abstract
     return treedef, {
         path: jax.ShapeDtypeStruct(leaf.shape, dtype) if leaf.dtype == jnp.float32 else leaf
         for path, leaf in leaves.items()
@@ -155,6 +161,11 @@ def _abstract_decoder(config: ModelConfig, dtype: Any) -> tuple[Any, dict[str, j
 def _abstract_float32(config: ModelConfig) -> tuple[Any, dict[str, jax.ShapeDtypeStruct]]:
     """Remembered: tracing the constructor of a deep model takes seconds, and loading asks more than once."""
     return _abstract(lambda: Decoder(config, jnp.float32))
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract_block(config: ModelConfig, shape: LayerShape) -> tuple[Any, dict[str, jax.ShapeDtypeStruct]]:
+    return _abstract(lambda: Block(config, shape, jnp.dtype(jnp.float32), nnx.Rngs(0)))
 
 
 def _abstract(make: Callable[[], Any]) -> tuple[Any, dict[str, jax.ShapeDtypeStruct]]:

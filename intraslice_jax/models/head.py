@@ -25,7 +25,7 @@ def token_nll(
 ) -> Float[Array, "batch seq"]:
     """Negative log-likelihoods of the targets in nats, float32.
 
-    Differentiable; logits are computed again in the backward pass instead of being kept.
+    Differentiable with respect to `hidden`: its gradient is made from the same logits, which are not kept.
 
     Args:
         decoder: whose head is applied.
@@ -86,9 +86,8 @@ def token_scores(
     return _token_scores(decoder.head, bias, hidden, targets)
 
 
-@jax.jit
-def _token_nll(head: Array, bias: Array | None, hidden: Array, targets: Array) -> Array:
-    @jax.checkpoint
+@jax.custom_vjp
+def _chunked_nll(head: Array, bias: Array | None, hidden: Array, targets: Array) -> Array:
     def chunk_nll(chunk: tuple[Array, Array]) -> Array:
         states, ids = chunk
         logits = _logits(head, bias, states)
@@ -96,6 +95,31 @@ def _token_nll(head: Array, bias: Array | None, hidden: Array, targets: Array) -
         return jax.nn.logsumexp(logits, 1) - chosen
 
     return _by_chunks(chunk_nll, targets.shape, hidden, targets)
+
+
+def _token_nll_forward(head: Array, bias: Array | None, hidden: Array, targets: Array) -> tuple[Array, Array]:
+    """The losses, and what each one's gradient is with respect to its hidden state."""
+
+    def chunk_nll(chunk: tuple[Array, Array]) -> tuple[Array, Array]:
+        states, ids = chunk
+        logits = _logits(head, bias, states)
+        total = jax.nn.logsumexp(logits, 1)
+        chosen = jnp.take_along_axis(logits, ids[:, None], 1)[:, 0]
+        likely = jnp.exp(logits - total[:, None]).astype(head.dtype)
+        expected = jnp.einsum("nv,vd->nd", likely, head, preferred_element_type=jnp.float32)
+        return total - chosen, expected - head[ids].astype(jnp.float32)
+
+    nll, gradient = _by_chunks(chunk_nll, targets.shape, hidden, targets)
+    return nll, gradient.astype(hidden.dtype)
+
+
+def _token_nll_backward(gradient: Array, cotangent: Array) -> tuple[None, None, Array, None]:
+    along = gradient.astype(jnp.float32) * cotangent[..., None]
+    return None, None, along.astype(gradient.dtype), None
+
+
+_chunked_nll.defvjp(_token_nll_forward, _token_nll_backward)
+_token_nll = jax.jit(_chunked_nll)
 
 
 @jax.jit
@@ -126,4 +150,4 @@ def _by_chunks(function: Callable[[tuple[Array, Array]], Any], shape: tuple[int,
         return padded.reshape(chunks, size, *flat.shape[1:])
 
     given = jax.lax.map(function, tuple(map(cut, arrays)))
-    return jax.tree.map(lambda array: array.reshape(-1)[:tokens].reshape(shape), given)
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:tokens].reshape(*shape, *a.shape[2:]), given)

@@ -310,8 +310,10 @@ def fuse_attention(
     tokens: int,
     damping: float,
     value_basis: ValueBasis = "activations",
-) -> PrunedAttention:
+) -> tuple[PrunedAttention, Float[Array, "kept v hidden"]]:
     """Small attention weights: query/key maps, value basis and ridge map fused (docs/method.md 2.2, 2.3).
+
+    Also returns the map from y' to the module's output that the new value and output projections make together.
 
     Args:
         arrays: the module's weights by name (`q_proj` [hidden, heads, qk], ...).
@@ -326,7 +328,7 @@ def fuse_attention(
     rows = {"q": np.asarray(plan.heads), "k": np.asarray(plan.kv_heads), "v": np.asarray(plan.kv_heads)}
     weights = {name: np.asarray(array) for name, array in arrays.items() if name != "rope_pairs"}
     projections = {name: array[..., rows[name[0]], :] for name, array in weights.items() if name[0] in rows}
-    new, error, indefinite = _fuse(
+    new, from_kept, error, indefinite = _fuse(
         {name: to_solver(array) for name, array in projections.items()},
         {name: to_solver(array) for name, array in weights.items() if name[0] == "o"},
         MapMoments(*map(to_solver, moments)),
@@ -340,7 +342,7 @@ def fuse_attention(
     )
     new["rope_pairs"] = jnp.asarray(np.take_along_axis(np.asarray(arrays["rope_pairs"])[rows["k"]], maps.pairs, 1))
     notes = {"solver": solver_name(indefinite)}
-    return PrunedAttention(new, plan.shape_of(shape), plan.heads, float(error), notes)
+    return PrunedAttention(new, plan.shape_of(shape), plan.heads, float(error), notes), from_kept
 
 
 @functools.partial(jax.jit, static_argnames=("v_width", "value_basis"))
@@ -355,8 +357,8 @@ def _fuse(
     damping: Float[Array, ""],
     v_width: int,
     value_basis: ValueBasis,
-) -> tuple[dict[str, Array], Float[Array, ""], Bool[Array, ""]]:
-    """The small weights, the relative error of the output, and whether the Gram matrix was indefinite.
+) -> tuple[dict[str, Array], Float[Array, "heads v hidden"], Float[Array, ""], Bool[Array, ""]]:
+    """The small weights, the map of y' to the output, its relative error, and whether the Gram matrix was indefinite.
 
     Args:
         projections: weights and biases of the kept query, key and value heads.
@@ -404,7 +406,8 @@ def _fuse(
             new[f"{name}_bias"] = jnp.einsum("hk,hkw->hw", projections[f"{name}_bias"], head_maps)
     if fit.offset is not None:
         new["o_bias"] = output["o_bias"] + fit.offset @ o_proj
-    return new, error, fit.indefinite
+    from_kept = jnp.einsum("hvw,hwd->hvd", bases[to_kv], new["o_proj"])
+    return new, from_kept, error, fit.indefinite
 
 
 def _block_diagonal(blocks: Float[Array, "heads v width"]) -> Float[Array, "inputs outputs"]:

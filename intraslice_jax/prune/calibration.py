@@ -34,6 +34,7 @@ from intraslice_jax.parallel.mesh import ways
 from intraslice_jax.parallel.moments import MomentSum
 from intraslice_jax.parallel.placement import local, mesh_of, put_batch, put_weights, replicated, to_host
 from intraslice_jax.parallel.rules import RULES
+from intraslice_jax.stages import stage
 
 
 @dataclass
@@ -87,6 +88,7 @@ class AttentionCalibration:
     model: ModelConfig
     parameter_range: tuple[int, int]
     _kept: list[Mixed] = field(default_factory=list)
+    _again: list[Array] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -98,6 +100,7 @@ class AttentionCalibration:
         """The attention's weights by name (`q_proj` [hidden, heads, qk], ...), whole on one device."""
         return local(part(decoder_to_arrays(self.block), "attention"))
 
+    @stage("attention moments")
     def head_moments(self) -> AttentionMoments:
         """Per-head second moments of the o-projection's input, and query-key scores."""
         total = MomentSum(statistics.empty_attention_moments(self.shape), self.stream.mesh)
@@ -109,6 +112,7 @@ class AttentionCalibration:
                 mixed,
                 query_to_kv=self.shape.query_to_kv,
                 rotary_dim=self.shape.rotary_dim,
+                joint_pairs=self.config.pair_selection == "logits",
             )
         return check_finite(self.index, "attention", total.total())
 
@@ -123,6 +127,7 @@ class AttentionCalibration:
                 self._kept.append(mixed)
             yield mixed
 
+    @stage("attention re-run")
     def kept_moments(
         self,
         heads: tuple[int, ...],
@@ -142,7 +147,7 @@ class AttentionCalibration:
         total = MomentSum(empty_map_moments(inputs, targets), self.stream.mesh)
         kept = replicated((jnp.asarray(heads), jnp.asarray(kv), query_maps, key_maps), self.stream.mesh)
         for mixed, real in zip(self._mixed(), self.stream.real, strict=True):
-            total.add(
+            (again,) = total.add_and_pass(
                 statistics.add_kept_attention,
                 real,
                 0,
@@ -151,7 +156,31 @@ class AttentionCalibration:
                 scale=attention.scale,
                 sliding_window=attention.sliding_window,
             )
+            if fits(self.config, self.stream, again):
+                self._again.append(again)
         return check_finite(self.index, "attention", total.total())
+
+    def after_attention(
+        self, output: Float[Array, "kept v hidden"], bias: Float[Array, " hidden"] | None
+    ) -> list[Array] | None:
+        """The residual stream behind an attention whose y' `kept_moments` has just seen, batch by batch.
+
+        None where y' was not kept, and for weights of less than float32: the new weights as they are stored would
+        give something else.
+
+        Args:
+            output: from y' to the residual stream.
+            bias: of the o-projection.
+        """
+        if not self._again or self.stream.mesh is not None or self.arrays["o_proj"].dtype != jnp.float32:
+            return None
+        behind = [
+            statistics.leave_attention(x, kept, output, bias)
+            for x, kept in zip(self.stream.batches, self._again, strict=True)
+        ]
+        self._again.clear()
+        self._kept.clear()
+        return behind
 
 
 @dataclass(frozen=True)
@@ -182,6 +211,7 @@ class MLPCalibration:
     num_layers: int
 
     @classmethod
+    @stage("MLP moments")
     def run(
         cls,
         index: int,
@@ -190,14 +220,23 @@ class MLPCalibration:
         arrays: Mapping[str, Array],
         stream: ResidualStream,
         config: PruneConfig,
+        behind: list[Array] | None = None,
     ) -> MLPCalibration:
-        """Runs the new attention over the calibration set and takes the MLP's moments on the way."""
+        """Runs the new attention over the calibration set and takes the MLP's moments on the way.
+
+        `behind` is the residual stream behind the new attention, where that is known already.
+        """
         block = block_from_arrays(model, shape, arrays)
         inner = shape.intermediate_size
         total = MomentSum(zeros_like_moments(GramMoments, gram=(inner, inner), total=(inner,)), stream.mesh)
         after_attention, inner_activations = [], []
-        for x, real in zip(stream.batches, stream.real, strict=True):
-            after, z = total.add_and_pass(statistics.attend_and_add_mlp, real, 1, block, x, stream.rope)
+        norm = block.input_norm if block.post_norm is None else block.post_norm
+        for i, (x, real) in enumerate(zip(stream.batches, stream.real, strict=True)):
+            if behind is None:
+                after, z = total.add_and_pass(statistics.attend_and_add_mlp, real, 1, block, x, stream.rope)
+            else:
+                after, read = behind[i], x if model.parallel_block else behind[i]
+                (z,) = total.add_and_pass(statistics.add_mlp, real, 2, norm, block.mlp, read)
             after_attention.append(after)
             if fits(config, stream, z):
                 inner_activations.append(z)
@@ -226,6 +265,7 @@ class MLPCalibration:
             x = local(statistics.mlp_input(self.block, after, source))
             yield x if real == len(x) else x[:real]
 
+    @stage("outputs")
     def outputs(self, block: Block, channels: Int[np.ndarray, " kept"] | None) -> list[Array]:
         """The residual stream behind the layer once its MLP is `block`'s. Uses up `after_attention`.
 
@@ -235,7 +275,7 @@ class MLPCalibration:
         """
         if channels is not None and self.inner_activations:
             return [
-                statistics.finish_selected(block, after, z, jnp.asarray(channels))
+                statistics.finish_selected(block.mlp, after, z, jnp.asarray(channels))
                 for after, z in zip(self.after_attention, self.inner_activations, strict=True)
             ]
         return [
@@ -259,7 +299,7 @@ def part(arrays: Mapping[str, Array], module: str) -> dict[str, Array]:
 def check_weights(arrays: Mapping[str, Array], prefix: str = "") -> None:
     """Raises InputError that names the first array with a value that is not finite; `prefix` completes its path."""
     for name, finite in _finite(dict(arrays)).items():
-        if not bool(finite):
+        if not finite:
             first = tuple(int(i) for i in np.argwhere(~np.isfinite(to_host(arrays[name])))[0])
             raise InputError(
                 f"{prefix}{name} is not finite at {first}: the model is damaged, or overflowed when converted"
@@ -268,9 +308,9 @@ def check_weights(arrays: Mapping[str, Array], prefix: str = "") -> None:
 
 def check_finite(layer: int, module: str, moments: Any) -> Any:
     """The moments, or a RunError that names the first entry that is not finite."""
-    finite = jax.device_get(_finite(moments))
+    finite = _finite(moments._asdict())
     for name, array in moments._asdict().items():
-        if not getattr(finite, name):
+        if not finite[name]:
             first = tuple(int(i) for i in np.argwhere(~np.isfinite(np.asarray(array)))[0])
             raise RunError(
                 f"layer {layer}, {module}: {name} is not finite at {first}; the weights or activations overflow "
@@ -279,9 +319,17 @@ def check_finite(layer: int, module: str, moments: Any) -> Any:
     return moments
 
 
+def _finite(arrays: Mapping[str, Array]) -> dict[str, bool]:
+    """Which arrays are finite. NumPy looks at those of a CPU where they lie, which leaves nothing to compile."""
+    if all(array.devices() <= set(jax.devices("cpu")) and len(array.devices()) == 1 for array in arrays.values()):
+        return {name: bool(np.isfinite(np.asarray(array)).all()) for name, array in arrays.items()}
+    found = {name: _all_finite(array) for name, array in arrays.items()}
+    return {name: bool(finite) for name, finite in jax.device_get(found).items()}
+
+
 @jax.jit
-def _finite(moments: Any) -> Any:
-    return jax.tree.map(lambda array: jnp.isfinite(array).all(), moments)
+def _all_finite(array: Array) -> Array:
+    return jnp.isfinite(array).all()
 
 
 def replace(

@@ -13,13 +13,14 @@ from intraslice_jax.prune.attention import AttentionPlan, HeadEnergies, fuse_att
 from intraslice_jax.prune.calibration import AttentionCalibration, MLPCalibration
 from intraslice_jax.prune.heads import choose_heads
 from intraslice_jax.prune.iterative import IterativeSettings
-from intraslice_jax.prune.linalg import solver_precision, to_solver
+from intraslice_jax.prune.linalg import solver_precision
 from intraslice_jax.prune.method import PrunedAttention, PrunedMLP
 from intraslice_jax.prune.mixtures import better_mlp
 from intraslice_jax.prune.mlp import eliminate, fuse_mlp, select_channels
 from intraslice_jax.prune.mlp_on_mesh import fuse_mlp_on_mesh
 from intraslice_jax.prune.spectra import value_spectra
 from intraslice_jax.prune.uniform import UniformLayout
+from intraslice_jax.stages import stage
 
 AUTO_SHARE = 0.4
 """Under this share of kept channels `iterative: auto` tries learned mixtures (docs/method.md 3.3)."""
@@ -35,6 +36,7 @@ class IntraSlice:
 
     layout: UniformLayout | None = None
 
+    @stage("attention solves")
     def prune_attention(self, layer: AttentionCalibration, ratio: float) -> PrunedAttention:
         """Heads and widths, RoPE pairs, value basis, ridge compensation, in two passes over the text."""
         shape, arrays, moments = layer.shape, layer.arrays, layer.head_moments()
@@ -62,10 +64,18 @@ class IntraSlice:
             query, key = (np.asarray(a, np.float32) for a in (maps.query, maps.key))
         kept = layer.kept_moments(plan.heads, jnp.asarray(query), jnp.asarray(key[list(plan.local_query_to_kv)]))
         with solver_precision():
-            fused = fuse_attention(arrays, shape, plan, maps, kept, layer.tokens, config.damping, config.value_basis)
+            fused, from_kept = fuse_attention(
+                arrays, shape, plan, maps, kept, layer.tokens, config.damping, config.value_basis
+            )
+            output, bias = (
+                None if array is None else np.asarray(array, np.float32)
+                for array in (from_kept, fused.arrays.get("o_bias"))
+            )
+        behind = layer.after_attention(jnp.asarray(output), None if bias is None else jnp.asarray(bias))
         spectra = value_spectra(kept.gram, plan.query_to_kv)
-        return dataclasses.replace(fused, notes={**fused.notes, "value_spectra": spectra})
+        return dataclasses.replace(fused, notes={**fused.notes, "value_spectra": spectra}, behind=behind)
 
+    @stage("MLP solves")
     def prune_mlp(self, layer: MLPCalibration, keep: int) -> PrunedMLP:
         """Channel selection and compensation, or learned mixtures where they are wanted and better."""
         arrays, moments, damping = layer.arrays, layer.moments, layer.config.damping
@@ -76,7 +86,7 @@ class IntraSlice:
                 if layer.config.selection == "obs":
                     kept = eliminate(arrays, moments, layer.tokens, keep, damping)
                 else:
-                    kept = select_channels(to_solver(moments.gram), to_solver(arrays["down_proj"]), keep)
+                    kept = select_channels(moments.gram, arrays["down_proj"], keep)
                 plain = fuse_mlp(arrays, moments, layer.tokens, kept, damping)
         if not self._wants_mixtures(layer, keep):
             return plain

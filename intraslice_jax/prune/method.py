@@ -22,6 +22,7 @@ class PrunedAttention:
         heads: kept query heads, numbered as before.
         relative_error: squared error of the module's output on the calibration text, relative to its energy.
         notes: anything else for the record, JSON-serialisable.
+        behind: the residual stream behind the new attention, batch by batch, where it came up on the way.
     """
 
     arrays: dict[str, Array]
@@ -29,6 +30,7 @@ class PrunedAttention:
     heads: tuple[int, ...]
     relative_error: float
     notes: dict[str, Any] = field(default_factory=dict)
+    behind: list[Array] | None = None
 
 
 @dataclass(frozen=True)

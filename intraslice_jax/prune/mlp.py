@@ -20,7 +20,7 @@ def rank_channels(
     gram: Float[Array | np.ndarray, "inner inner"], down_proj: Float[Array | np.ndarray, "inner hidden"]
 ) -> Int[np.ndarray, " inner"]:
     """Channels by falling ||W_d[j]||^2 H_jj (docs/method.md 3.1)."""
-    return rank_energies(np.diagonal(np.asarray(gram)), np.asarray(down_proj))
+    return rank_energies(*(np.asarray(a).astype(np.float64) for a in (np.diagonal(np.asarray(gram)), down_proj)))
 
 
 def rank_energies(
@@ -61,7 +61,8 @@ def fuse_mlp(
     """
     gram, total, down = to_solver(moments.gram), to_solver(moments.total), to_solver(arrays["down_proj"])
     bias = to_solver(arrays["down_bias"]) if "down_bias" in arrays else None
-    new, error, indefinite = _fold(gram, total, down, bias, kept, float(tokens), damping)
+    dropped = np.setdiff1d(np.arange(len(down)), kept)
+    new, error, indefinite = _fold(gram, total, down, bias, kept, dropped, float(tokens), damping)
     new |= {name: arrays[name][..., kept] for name in arrays if not name.startswith("down")}
     return PrunedMLP(new, float(error), kept, {"solver": solver_name(indefinite)})
 
@@ -73,21 +74,25 @@ def _fold(
     down: Float[Array, "inner hidden"],
     bias: Float[Array, " hidden"] | None,
     kept: Int[Array, " keep"],
+    dropped: Int[Array, " drop"],
     tokens: Float[Array, ""],
     damping: Float[Array, ""],
 ) -> tuple[dict[str, Array], Float[Array, ""], Bool[Array, ""]]:
     """The small down-projection, the relative error of the output, and whether the Gram matrix was indefinite."""
-    sums = None if bias is None else Sums(total[kept], total, tokens)
-    inputs, cross = gram[kept[:, None], kept], gram[kept]
+    # The kept channels are known exactly; only what the dropped ones give to the output is predicted.
+    inputs, stay, lost = gram[kept[:, None], kept], down[kept], down[dropped]
+    cross = gram[kept[:, None], dropped] @ lost
+    sums = None if bias is None else Sums(total[kept], total[dropped] @ lost, tokens)
     fit = ridge(inputs, cross, damping, sums)
-    # The kept channels are known exactly; only the dropped ones are predicted.
-    exact = fit.weights.at[:, kept].set(jnp.eye(len(kept), dtype=gram.dtype))
-    offset = None if fit.offset is None else fit.offset.at[kept].set(0.0)
-    fit = fit._replace(weights=exact, offset=offset)
-    new = {"down_proj": fit.weights @ down}
-    if bias is not None and offset is not None:
-        new["down_bias"] = bias + offset @ down
-    return new, relative_error(fit, inputs, cross, gram, down, sums), fit.indefinite
+    new = {"down_proj": stay + fit.weights}
+    given = jnp.sum(lost * (gram[dropped[:, None], dropped] @ lost))
+    error = given + jnp.sum(fit.weights * (inputs @ fit.weights - 2 * cross))
+    if sums is not None and bias is not None and fit.offset is not None:
+        new["down_bias"] = bias + fit.offset
+        drift = sums.inputs @ fit.weights - sums.targets
+        error += jnp.sum(fit.offset * (2 * drift + sums.tokens * fit.offset))
+    energy = given + jnp.sum(stay * (inputs @ stay + 2 * cross))
+    return new, jnp.maximum(error, 0) / jnp.maximum(energy, 1e-30), fit.indefinite
 
 
 def fuse_inner(

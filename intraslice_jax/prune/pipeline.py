@@ -210,7 +210,7 @@ def _prune_layers(
         arrays = replace(arrays, "attention", attention.arrays, stream.mesh)
 
         width = ledger.mlp_width(i) if layout is None else layout.intermediate_size
-        calibration = MLPCalibration.run(i, model.config, attention.shape, arrays, stream, config)
+        calibration = MLPCalibration.run(i, model.config, attention.shape, arrays, stream, config, attention.behind)
         mlp = method.prune_mlp(calibration, width)
         agree(f"{None if mlp.channels is None else list(mlp.channels)}", f"layer {i}, MLP")
         arrays = replace(arrays, "mlp", mlp.arrays, stream.mesh)

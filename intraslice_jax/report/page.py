@@ -23,10 +23,11 @@ p { margin: .4rem 0; }
 figure { margin: 0; }
 img { display: block; width: 100%; height: auto; }
 figcaption { color: #555; font-size: .85rem; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; margin-bottom: .8rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
-th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #eee; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; overflow-wrap: anywhere; }
+th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #eee; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; min-width: 8rem; max-width: 20rem;
+  white-space: normal; overflow-wrap: anywhere; }
 th { font-weight: 600; }
 pre { background: #f5f5f5; padding: .7rem; border-radius: .4rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 details { margin: .6rem 0; }

@@ -109,10 +109,17 @@ class TestCache:
     def test_lengths_share_compiled_programs(self):
         model = make("ragged", max_position_embeddings=77)
         generate(model, [prompt(17)], max_new_tokens=5)
-        counts = [f._cache_size() for f in (cache._prefill_block, cache._decode_block)]
+        counts = [f._cache_size() for f in (cache.prefill_block, cache.decode_block)]
         for length in (18, 19):
             generate(model, [prompt(length)], max_new_tokens=5)
-        assert [f._cache_size() for f in (cache._prefill_block, cache._decode_block)] == counts
+        assert [f._cache_size() for f in (cache.prefill_block, cache.decode_block)] == counts
+
+    def test_blocks_are_traced_once_per_distinct_shape(self):
+        model = make("ragged", max_position_embeddings=78)  # three layers of two shapes
+        functions = (cache.prefill_block, cache.decode_block)
+        before = [f._cache_size() for f in functions]
+        generate(model, [prompt(21)], max_new_tokens=7)
+        assert [f._cache_size() for f in functions] == [size + model.config.distinct_shapes() for size in before]
 
     def test_buckets_waste_a_quarter_at_most(self):
         sizes = [bucket(n) for n in range(1, 5000)]

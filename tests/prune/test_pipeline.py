@@ -143,11 +143,15 @@ def test_records_come_layer_by_layer_and_are_in_the_report():
 
 def test_layers_of_one_shape_are_compiled_once():
     model, tokens = make("gqa", layers=4), windows(4, 21)  # a length that no other test has
-    sizes = [fn._cache_size() for fn in (statistics.add_attention, statistics.attend_and_add_mlp)]
+    once = (statistics.mix, statistics.add_attention, statistics.add_mlp)
+    sizes = [fn._cache_size() for fn in once]
+    again = [fn._cache_size() for fn in (statistics.add_kept_attention, statistics.finish_selected)]
     pruned = prune_model(model, tokens, FINE)
-    attentions = {dataclasses.replace(shape, intermediate_size=24) for shape in pruned.config.layers}
-    assert statistics.add_attention._cache_size() == sizes[0] + 1
-    assert statistics.attend_and_add_mlp._cache_size() == sizes[1] + len(attentions)
+    assert [fn._cache_size() for fn in once] == [size + 1 for size in sizes]  # one dense shape
+    kept = {(shape.num_attention_heads, shape.qk_head_dim) for shape in pruned.config.layers}
+    widths = {shape.intermediate_size for shape in pruned.config.layers}
+    assert statistics.add_kept_attention._cache_size() == again[0] + len(kept)
+    assert statistics.finish_selected._cache_size() == again[1] + len(widths)
     assert pruned.report["distinct_layer_shapes"] == len(set(pruned.config.layers))
     before = run_block._cache_size()
     pruned.decoder.hidden_states(jnp.asarray(tokens))
@@ -231,3 +235,16 @@ def test_a_sparsity_that_no_widths_can_meet():
     model = make("gqa", layers=2, shape=narrow)
     with pytest.raises(InputError, match=r"sparsity 0.95 cannot be reached: at most 0.42"):
         prune_model(model, windows(), PruneConfig(sparsity=0.95, align=8))
+
+
+@pytest.mark.parametrize("flavour", ["gqa", "biases", "phi"])
+def test_what_is_kept_in_memory_changes_nothing(flavour):
+    """Without room for activations every module runs again, in place of reusing what its statistics saw."""
+    model, tokens = make(flavour), windows()
+    kept, again = (
+        prune_model(model, tokens, dataclasses.replace(FINE, memory_budget=budget, batch_size=2))
+        for budget in (2**30, 1)
+    )
+    assert kept.config == again.config
+    expected = logits(again, windows(3, 40, seed=9))
+    np.testing.assert_allclose(logits(kept, windows(3, 40, seed=9)), expected, atol=1e-4 * np.abs(expected).max())

@@ -94,12 +94,13 @@ def test_moments_of_the_attention_run_again_with_what_is_kept(flavour, layer):
     for x in xs:
         mixed = statistics.mix(block, x, model.decoder.rope_for(SEQ))
         kv = jnp.asarray([shape.query_to_kv[h] for h in heads])
-        moments = statistics.add_kept_attention(
+        moments, again = statistics.add_kept_attention(
             moments, mixed, jnp.asarray(heads), kv, maps, maps, block.attention.scale, shape.sliding_window
         )
     full = flat(expected.mixed(together(xs), expected.dense()))
     kept = flat(expected.mixed(together(xs), projections)).reshape(-1, n, v)[:, heads].reshape(len(full), -1)
     assert np.abs(kept - full.reshape(-1, n, v)[:, heads].reshape(len(full), -1)).max() > 0.01
+    np.testing.assert_allclose(flat(again), kept[-len(flat(again)) :], atol=1e-5)
     close(moments.gram, kept.T @ kept)
     close(moments.cross, kept.T @ full)
     close(moments.target_gram, full.T @ full)

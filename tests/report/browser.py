@@ -24,6 +24,7 @@ const look = (frame) => {
     beyond: shown.filter((e) => !e.closest(".scroll") && e.getBoundingClientRect().right > root.clientWidth + 1).length,
     pictures: [...page.images].map((i) => i.complete && i.naturalWidth > 0 ? i.getBoundingClientRect().width : 0),
     smallest: Math.min(...shown.map((e) => parseFloat(getComputedStyle(e).fontSize))),
+    tallest: Math.max(...[...page.querySelectorAll("th, td")].map((e) => e.getBoundingClientRect().height)),
     text: page.body.innerText.length,
     scripts: page.scripts.length,
   };

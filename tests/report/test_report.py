@@ -157,6 +157,7 @@ def test_pages_in_a_browser(copy, run, tmp_path):
             assert len(frame["pictures"]) == pictures
             assert min(frame["pictures"]) > 300
             assert frame["smallest"] >= 13
+            assert frame["tallest"] < 100  # no column is squeezed to a letter per line
             assert frame["text"] > 300
             assert frame["scripts"] == 0
         assert (tmp_path / "shot.png").stat().st_size > 20_000
