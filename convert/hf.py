@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +66,34 @@ def fetch(hub_id: str) -> Path:
     Raises:
         InputError: no such model, no access, or no connection and not in the cache; or not supported.
     """
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import snapshot_download
 
-    try:
-        read_config(Path(hf_hub_download(hub_id, "config.json")).parent)
+    read_config(fetch_config(hub_id))
+    with _hub_errors(hub_id):
         folder = Path(snapshot_download(hub_id, allow_patterns=[*_SMALL_FILES, "model*.safetensors"]))
         if not any(folder.glob("model*.safetensors")):
             folder = Path(snapshot_download(hub_id, allow_patterns=[*_SMALL_FILES, "pytorch_model*.bin"]))
+    return folder
+
+
+def fetch_config(hub_id: str) -> Path:
+    """A folder of the local cache that holds the `config.json` of a hub model, and perhaps nothing else.
+
+    Raises:
+        InputError: as `fetch`.
+    """
+    from huggingface_hub import hf_hub_download
+
+    with _hub_errors(hub_id):
+        return Path(hf_hub_download(hub_id, "config.json")).parent
+
+
+@contextlib.contextmanager
+def _hub_errors(hub_id: str) -> Iterator[None]:
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        yield
     except LocalEntryNotFoundError as error:
         raise InputError(
             f"{hub_id} is neither a file or folder nor in the Hugging Face cache, and the hub cannot be reached; "
@@ -83,4 +105,3 @@ def fetch(hub_id: str) -> Path:
             f"{hub_id} cannot be downloaded ({reason}); check the name, and log in (hf auth login) "
             "where the model asks for it"
         ) from error
-    return folder

@@ -237,7 +237,11 @@ def _prune_layers(
             run_log.layer_done(i, arrays, facts, behind, {"owed": ledger.owed})
         if streamed:  # the log gives them back when they are wanted
             arrays = {name: to_host(array) for name, array in arrays.items()} if run_log is None else {}
+        elif stream.mesh is not None:
+            arrays = put_weights(arrays, stream.mesh)  # at rest a layer lies in parts
         blocks.append(PrunedBlock(arrays, shape))
+        # What calibrated a layer must not outlive it.
+        del block, arrays, attention, calibration, mlp
         if on_layer is not None:
             on_layer(record)
     if layout is None:

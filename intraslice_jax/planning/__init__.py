@@ -1,0 +1,1 @@
+"""What a pruning run needs, computed from a model's description alone."""
