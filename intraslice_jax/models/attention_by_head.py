@@ -8,16 +8,30 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+_TOGETHER = ContextVar("heads_together", default=False)
+
 
 def one_cpu() -> bool:
     """Whether all there is to compute with is one CPU device; several would be kept from sharing the heads."""
-    return jax.default_backend() == "cpu" and jax.device_count() == 1
+    return not _TOGETHER.get() and jax.default_backend() == "cpu" and jax.device_count() == 1
+
+
+@contextmanager
+def heads_together() -> Iterator[None]:
+    """What is traced inside takes all heads at once, as on accelerators: a plan counts the work of those."""
+    token = _TOGETHER.set(True)
+    try:
+        yield
+    finally:
+        _TOGETHER.reset(token)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))

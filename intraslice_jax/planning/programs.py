@@ -18,6 +18,7 @@ from intraslice_jax.calibrate import gradients, statistics
 from intraslice_jax.calibrate.statistics import AttentionMoments, GramMoments, MapMoments
 from intraslice_jax.config import LayerShape, ModelConfig
 from intraslice_jax.errors import RunError
+from intraslice_jax.models.attention_by_head import heads_together
 from intraslice_jax.models.decoder import Block, abstract_arrays
 from intraslice_jax.models.rope import RopeTable
 from intraslice_jax.parallel.mesh import DATA, ways
@@ -79,13 +80,13 @@ class Steps:
         heads, v, inner = dense.num_attention_heads, dense.v_head_dim, dense.intermediate_size
         kept, maps = pruned.num_attention_heads, (dense.qk_head_dim, pruned.qk_head_dim)
         x = self._array((per_row * rows, self._seq, self._config.hidden_size), self._dtype, DATA)
-        with jax.default_matmul_precision("highest"):
+        with jax.default_matmul_precision("highest"), heads_together():
             block = self._block(dense)
             mix = statistics.mix.lower(block, x, self._rope).compile()
             mixed = self._like(jax.eval_shape(statistics.mix, block, x, self._rope), mix.output_shardings)
             first = self._add(
                 statistics.add_attention, _attention_moments(dense), 0, (mixed,), False,
-                query_to_kv=dense.query_to_kv, rotary_dim=dense.rotary_dim,
+                query_to_kv=dense.query_to_kv, rotary_dim=dense.rotary_dim, joint_pairs=False,
             )  # fmt: skip
             wide = kept * v, heads * v
             again = self._add(
@@ -99,7 +100,7 @@ class Steps:
                     self._array((kept, *maps), jnp.float32),
                     self._array((kept, *maps), jnp.float32),
                 ),
-                False,
+                True,
                 scale=float(self._config.head_dim) ** -0.5,
                 sliding_window=dense.sliding_window,
             )
@@ -110,7 +111,7 @@ class Steps:
             if selected:
                 z = self._array((*x.shape[:2], inner), self._dtype, DATA)
                 channels = self._array((pruned.intermediate_size,), jnp.int32)
-                output = statistics.finish_selected.lower(small, x, z, channels)
+                output = statistics.finish_selected.lower(small.mlp, x, z, channels)
             else:
                 source = x if self._config.parallel_block else None
                 output = statistics.finish_layer.lower(small, x, source)
@@ -126,7 +127,7 @@ class Steps:
         """Of the mask gradients of one batch of sequences."""
         block = self._block(self._dense)
         x = self._array((batch, self._seq, self._config.hidden_size), self._dtype, DATA)
-        with jax.default_matmul_precision("highest"):
+        with jax.default_matmul_precision("highest"), heads_together():
             forward = gradients._forward.lower(block, x, self._rope)
             backward = gradients._backward.lower(block, x, self._rope, x, matrices)
         return {"forward": _analysed(forward.compile()), "backward": _analysed(backward.compile())}
@@ -152,9 +153,9 @@ class Steps:
                 projections, {"o_proj": wide(heads, v, hidden)}, moments, wide(kept, qk, pruned.qk_head_dim),
                 wide(kv, qk, pruned.qk_head_dim), to_kv, wide(), wide(), pruned.v_head_dim, "activations",
             ).compile()  # fmt: skip
-            index = jax.ShapeDtypeStruct((left,), jnp.int64)
+            index, dropped = (jax.ShapeDtypeStruct((count,), jnp.int64) for count in (left, inner - left))
             fold = mlp_solve._fold.lower(
-                wide(inner, inner), wide(inner), wide(inner, hidden), None, index, wide(), wide()
+                wide(inner, inner), wide(inner), wide(inner, hidden), None, index, dropped, wide(), wide()
             ).compile()
         return {"attention solve": _analysed(fuse), "MLP solve": _analysed(fold)}
 

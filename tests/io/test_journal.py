@@ -307,6 +307,9 @@ def test_a_full_disk_keeps_the_layers_before(tmp_path, monkeypatch, expected):
     assert_same_bits(run(model, FINE, folder), expected)
 
 
+# Orbax's own threads notice the failure a second time, when nobody waits for them any more.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_disk_that_is_really_full(tmp_path, caplog):
     disk = tmp_path / "disk"
     disk.mkdir()
