@@ -1,4 +1,4 @@
-"""A pruned layer learned a little further, towards what the dense model has at the same place (docs/method.md 6.6).
+"""A pruned layer learned a little further, towards what the dense model has at the same place (docs/method.md 6.5).
 
 Selection and least squares see one module at a time, and what the layers before it have lost stays lost. Here the small
 weights of a whole layer follow the gradient of the distance between its output, on the pruned model's own inputs, and

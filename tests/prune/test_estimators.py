@@ -232,7 +232,10 @@ def test_bad_files(tmp_path, text, message):
     ("name", "message"),
     [
         ("fischer", "unknown ratios 'fischer'; did you mean 'fisher'"),
-        ("xyz", "known are fisher, fisher_components, fisher_pca, kl, uniform; or name a .json or .yaml file"),
+        (
+            "xyz",
+            "known are fisher, fisher_components, fisher_pca, kl, kl_curves, uniform; or name a .json or .yaml file",
+        ),
         ("missing.yaml", "missing.yaml does not exist; --ratios takes a file of ratios or one of uniform, fisher"),
     ],
 )

@@ -87,7 +87,7 @@ def test_a_module_that_is_cheap_at_first_and_dear_later_stops_where_it_gets_dear
     dear = np.asarray([[1.0, 4.0, 9.0]] * 2)
     cliff = np.asarray([[1.0, 4.0, 9.0], [0.001, 0.002, 100.0]])
     ratios = allocate_by_curves(model, points, (dear, cliff), prune)
-    assert 0.39 < ratios.mlp[1] < 0.45
+    assert 0.39 < ratios.mlp[1] < 0.5  # a quadratic curve through the first points would go on to the cap
     assert max(ratios.attention) < 0.39
     # Costs that fall are measurement noise: more never counts as cheaper.
     noisy = np.asarray([[1.0, 0.5, 9.0]] * 2)
