@@ -78,7 +78,7 @@ def test_one_point_gives_the_minimum_of_a_sum_of_squares(data):
         price = (low + high) / 2
         best = np.minimum(price * sizes / cost, caps)
         low, high = (price, high) if best @ sizes < found @ sizes else (low, price)
-    assert cost @ found**2 == pytest.approx(cost @ best**2, rel=1e-4)
+    assert cost @ found**2 == pytest.approx(cost @ best**2, rel=1e-3)  # ratios come in steps
 
 
 def test_a_module_that_is_cheap_at_first_and_dear_later_stops_where_it_gets_dear():
