@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -70,8 +71,9 @@ def test_two_processes_killed_and_continued_write_the_checkpoint_of_one(tmp_path
         assert code == 0, errors
     assert "going on behind layer 0" in together[0][2]
     assert "removed" in together[0][1]
-    ours = [line for line in together[1][1].splitlines() if not line.startswith("[Gloo]")]
-    assert ours == []  # only the first speaks, and the library that connects them
+    # Only the first speaks, and the library that connects them, whose threads fall into each other's lines.
+    gloo = r"\[Gloo\]|Rank|is connected to|peer ranks( is)?|Expected number of connected|[\d\s.:]"
+    assert re.sub(gloo, "", together[1][1]) == ""
     assert "layer 0" not in together[1][2]
     assert main([*options, str(tmp_path / "one")]) == 0
     one, two = api.restore(tmp_path / "one"), api.restore(tmp_path / "two")
