@@ -75,9 +75,10 @@ def refine_block(
         The layer's arrays by path, as they were if held-out windows do not come nearer to the targets.
     """
     steps = [
-        (x[i : min(i + settings.windows, count)], y[i : min(i + settings.windows, count)])
+        (x[rows], y[rows])
         for x, y, count in zip(inputs, targets, real, strict=True)
         for i in range(0, count, settings.windows)
+        for rows in [slice(i, min(i + settings.windows, count))]
     ]
     held_out = max(1, round(len(steps) * HELD_OUT))
     arrays = decoder_to_arrays(block)
@@ -85,16 +86,14 @@ def refine_block(
         return Refined(arrays, {"accepted": False, "reason": "one window cannot be split"})
     train, held = steps[:-held_out], steps[-held_out:]
     start = {name: a.astype(jnp.float32) for name, a in arrays.items() if name.endswith("_proj")}
-    optimiser = _optimiser(settings, settings.epochs * len(train))
+    total = settings.epochs * len(train)
     sizes = {name: jnp.sqrt(jnp.mean(jnp.square(a))) + 1e-12 for name, a in start.items()}
-    learned, state = start, optimiser.init(start)
+    learned, state = start, _optimiser(settings, total).init(start)
     rng, losses = np.random.default_rng(settings.seed), []
     for _ in range(settings.epochs):
         epoch = []
         for number in rng.permutation(len(train)):
-            learned, state, loss = _step(
-                settings, settings.epochs * len(train), block, learned, state, sizes, *train[number], rope
-            )
+            learned, state, loss = _step(settings, total, block, learned, state, sizes, *train[number], rope)
             epoch.append(loss)
         losses.append(float(np.mean([float(loss) for loss in epoch])))
     before, after = (float(np.mean([float(_loss(w, block, x, y, rope)) for x, y in held])) for w in (start, learned))
