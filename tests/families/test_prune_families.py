@@ -16,6 +16,8 @@ from tests.convert.exported import greedy, in_torch, our_logits, quiet_torch, to
 # `dynamic` and `longrope` switch at 16 tokens: prompts are shorter, texts longer, calibration of `longrope` as well.
 SHORT, LONG, NEW = 6, 24, 14
 SPARSITY = 0.3
+# Cases of `tests/convert` that differ from a neighbour by a number in its configuration alone.
+ALIKE = ("gelu", "theta", "linear", "mscale", "attention", "full", "layer-types", "interval", "factors")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,7 +56,7 @@ def assert_same(model, want):
         np.testing.assert_array_equal(array, expected[name], name)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if not case.endswith(ALIKE)])
 def test_pruned_export_is_the_same_model_in_torch(case, tmp_path):
     dense, model = pruned(case, tmp_path / "dense")
     removed = 1 - model.config.block_parameters() / dense.config.block_parameters()
