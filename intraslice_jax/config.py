@@ -253,8 +253,8 @@ class PruneConfig:
             of the greatest effect on the module's output (`outputs`).
         pair_selection: how RoPE pairs are chosen: `products` (the paper's) by the mean |q k| of one position, `logits`
             by their joint effect on the attention logits, kept pairs making up for dropped ones.
-        refine: passes over the calibration text in which each pruned layer is learned further towards the dense model's
-            output, 0 for none.
+        refine: passes over the calibration text in which the pruned model is learned further towards the dense model's
+            predictions, 0 for none.
         output_biases: give the o- and down-projections biases where the family has none, for methods that fill
             them (intraslice, flap, obs).
         batch_size: calibration windows per step, 0 to choose it from `memory_budget`.

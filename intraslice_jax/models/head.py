@@ -32,21 +32,7 @@ def token_nll(
         hidden: what `Decoder.hidden_states` returns: behind the final norm.
         targets: the token that follows each position.
     """
-    bias = None if decoder.lm_head_bias is None else decoder.lm_head_bias[...]
-    head = gathered(decoder.head)
-    mesh = mesh_of(head)
-    if mesh is None or len(hidden) % ways(mesh):
-        return _token_nll(head, bias, hidden, targets)
-    return _token_nll_on_mesh(mesh, head, bias, hidden, targets)
-
-
-@functools.partial(jax.jit, static_argnames="mesh")
-def _token_nll_on_mesh(mesh: Mesh, head: Array, bias: Array | None, hidden: Array, targets: Array) -> Array:
-    """Every device row takes the chunks of its own sequences; one loop over all would bring them to every row."""
-    rows, whole = PartitionSpec(DATA), PartitionSpec()
-    specs = (whole, whole, rows, rows)
-    sharded = jax.shard_map(_token_nll, mesh=mesh, in_specs=specs, out_specs=rows, axis_names={DATA}, check_vma=False)
-    return sharded(head, bias, hidden, targets)
+    return _by_rows(_token_nll, decoder, hidden, targets)
 
 
 def token_kl(
@@ -59,17 +45,14 @@ def token_kl(
         hidden: behind the final norm, of the reference.
         other: behind the final norm, of what is judged.
     """
-    bias = None if decoder.lm_head_bias is None else decoder.lm_head_bias[...]
-    return _token_kl(decoder.head, bias, hidden, other)
+    return _by_rows(_token_kl, decoder, hidden, other)
 
 
-@jax.jit
-def _token_kl(head: Array, bias: Array | None, hidden: Array, other: Array) -> Array:
-    def chunk_kl(chunk: tuple[Array, Array]) -> Array:
-        reference, judged = (jax.nn.log_softmax(_logits(head, bias, states), 1) for states in chunk)
-        return jnp.sum(jnp.exp(reference) * (reference - judged), 1)
-
-    return _by_chunks(chunk_kl, hidden.shape[:2], hidden, other)
+def token_kl_gradient(
+    decoder: Decoder, hidden: Float[Array, "batch seq hidden"], other: Float[Array, "batch seq hidden"]
+) -> tuple[Float[Array, "batch seq"], Float[Array, "batch seq hidden"]]:
+    """`token_kl`, and the gradient of each token's divergence with respect to its row of `other`; float32."""
+    return _by_rows(_token_kl_gradient, decoder, hidden, other)
 
 
 def token_scores(
@@ -84,6 +67,25 @@ def token_scores(
     """
     bias = None if decoder.lm_head_bias is None else decoder.lm_head_bias[...]
     return _token_scores(decoder.head, bias, hidden, targets)
+
+
+def _by_rows(function: Callable[..., Any], decoder: Decoder, *arrays: Array) -> Any:
+    """A function of head, bias and arrays [batch, ...], in which every device row takes its own sequences."""
+    bias = None if decoder.lm_head_bias is None else decoder.lm_head_bias[...]
+    head = gathered(decoder.head)
+    mesh = mesh_of(head)
+    if mesh is None or len(arrays[0]) % ways(mesh):
+        return function(head, bias, *arrays)
+    return _on_mesh(function, mesh, head, bias, *arrays)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _on_mesh(function: Callable[..., Any], mesh: Mesh, head: Array, bias: Array | None, *arrays: Array) -> Any:
+    """One loop over the chunks of all sequences would bring them to every row."""
+    rows, whole = PartitionSpec(DATA), PartitionSpec()
+    specs = (whole, whole, *(rows for _ in arrays))
+    sharded = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=rows, axis_names={DATA}, check_vma=False)
+    return sharded(head, bias, *arrays)
 
 
 @jax.custom_vjp
@@ -120,6 +122,23 @@ def _token_nll_backward(gradient: Array, cotangent: Array) -> tuple[None, None, 
 
 _chunked_nll.defvjp(_token_nll_forward, _token_nll_backward)
 _token_nll = jax.jit(_chunked_nll)
+
+
+@jax.jit
+def _token_kl(head: Array, bias: Array | None, hidden: Array, other: Array) -> Array:
+    return _token_kl_gradient(head, bias, hidden, other)[0]
+
+
+@jax.jit
+def _token_kl_gradient(head: Array, bias: Array | None, hidden: Array, other: Array) -> tuple[Array, Array]:
+    def chunk_kl(chunk: tuple[Array, Array]) -> tuple[Array, Array]:
+        reference, judged = (jax.nn.log_softmax(_logits(head, bias, states), 1) for states in chunk)
+        likely = jnp.exp(reference)
+        excess = (jnp.exp(judged) - likely).astype(head.dtype)
+        gradient = jnp.einsum("nv,vd->nd", excess, head, preferred_element_type=jnp.float32)
+        return jnp.sum(likely * (reference - judged), 1), gradient
+
+    return _by_chunks(chunk_kl, hidden.shape[:2], hidden, other)
 
 
 @jax.jit

@@ -18,7 +18,7 @@ from intraslice_jax.config import LayerShape, ModelConfig, PruneConfig
 from intraslice_jax.environment import StageClock
 from intraslice_jax.errors import InputError
 from intraslice_jax.model import LanguageModel, on_mesh
-from intraslice_jax.models.decoder import Decoder, block_from_arrays, decoder_from_arrays, decoder_to_arrays, run_block
+from intraslice_jax.models.decoder import Decoder, block_from_arrays, decoder_from_arrays, decoder_to_arrays
 from intraslice_jax.models.streamed import LayeredArrays, StreamedDecoder
 from intraslice_jax.parallel.distributed import agree
 from intraslice_jax.parallel.mesh import ways
@@ -38,7 +38,7 @@ from intraslice_jax.prune.estimators import FromFile, Uniform, estimate_ratios, 
 from intraslice_jax.prune.intraslice import IntraSlice
 from intraslice_jax.prune.method import PruningMethod
 from intraslice_jax.prune.methods import create_method
-from intraslice_jax.prune.refine import RefineSettings, refine_block
+from intraslice_jax.prune.refine import RefineSettings, refine
 from intraslice_jax.prune.resume import RunLog
 from intraslice_jax.prune.shapes import layer_changes
 from intraslice_jax.prune.uniform import UniformLayout, plan_uniform_layout
@@ -78,7 +78,8 @@ def prune_model(
         windows: int32 calibration tokens.
         config: how much and how.
         on_layer: called after each layer with its record.
-        on_batch: called while the ratios are estimated with the sequences done and their number.
+        on_batch: called while the ratios are estimated, and while the pruned model is refined, with the sequences
+            done and their number.
         ratios: given, they are used instead of what `config.ratios` estimates.
         mesh: to spread the work over (`intraslice_jax.parallel.mesh`); None leaves the model on the device or the
             mesh that it is on.
@@ -95,6 +96,10 @@ def prune_model(
     clock = StageClock()
     method = create_method(config.method)
     _check_windows(model, windows)
+    if config.refine and isinstance(model.decoder, StreamedDecoder):
+        raise InputError(
+            "refine learns all layers at once, which must be on the devices; give refine 0, or residency device"
+        )
     mesh = mesh or mesh_of(model.decoder)
     model = on_mesh(model, mesh)
     check_weights(decoder_to_arrays(model.decoder))
@@ -114,6 +119,11 @@ def prune_model(
     pruned = model.config.with_layers(tuple(block.shape for block in blocks))
     decoder = _assembled(model.decoder, pruned, [block.arrays for block in blocks], mesh)
     clock.finish("layers")
+    refinement = {}
+    if config.refine:
+        with jax.default_matmul_precision("highest"):
+            decoder, refinement = refine(model, decoder, windows, RefineSettings(config.refine), on_batch)
+        clock.finish("refinement")
     report = {
         "sparsity": config.sparsity,
         "method": config.method,
@@ -127,6 +137,7 @@ def prune_model(
         "solver_dtype": "float64",
         "ratios": dataclasses.asdict(ratios),
         "layers": [dataclasses.asdict(record) for record in records],
+        **({"refinement": refinement} if refinement else {}),
         **layer_changes(dense, pruned),
         "stages": clock.stages,
     }
@@ -192,11 +203,8 @@ def _prune_layers(
     streamed = isinstance(model.decoder, StreamedDecoder)
     blocks: list[PrunedBlock] = []
     records: list[LayerRecord] = []
-    dense = stream.batches if config.refine else []
     if run_log is not None and run_log.layers_done:
         blocks, records = _finished(run_log, stream, ledger, streamed)
-        for i in range(len(blocks)):  # cheaper than keeping a second stream in the log
-            dense = [run_block(gathered(model.decoder.layers[i]), x, stream.rope) for x in dense]
     for i in range(len(blocks), model.config.num_layers):
         started = time.monotonic()
         block = gathered(model.decoder.layers[i])
@@ -220,17 +228,8 @@ def _prune_layers(
         arrays = replace(arrays, "mlp", mlp.arrays, stream.mesh)
 
         shape = dataclasses.replace(attention.shape, intermediate_size=width)
-        small, notes = block_from_arrays(model.config, shape, arrays), {"attention": attention.notes, "mlp": mlp.notes}
-        if config.refine:
-            dense = [run_block(block, x, stream.rope) for x in dense]
-            refined = refine_block(
-                small, stream.batches, dense, stream.real, stream.rope, RefineSettings(config.refine)
-            )
-            arrays, notes["refine"] = refined.arrays, refined.notes
-            small = block_from_arrays(model.config, shape, arrays)
-            stream.batches = [run_block(small, x, stream.rope) for x in stream.batches]
-        else:
-            stream.batches = calibration.outputs(small, mlp.channels)
+        small = block_from_arrays(model.config, shape, arrays)
+        stream.batches = calibration.outputs(small, mlp.channels)
         record = LayerRecord(
             layer=i,
             kept_heads=attention.heads,
@@ -241,7 +240,7 @@ def _prune_layers(
             intermediate_size=width,
             attention_error=attention.relative_error,
             mlp_error=mlp.relative_error,
-            notes=notes,
+            notes={"attention": attention.notes, "mlp": mlp.notes},
             seconds=time.monotonic() - started,
         )
         records.append(record)

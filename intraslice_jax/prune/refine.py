@@ -1,8 +1,8 @@
-"""A pruned layer learned a little further, towards what the dense model has at the same place (docs/method.md 6.5).
+"""A pruned model learned a little further, towards the dense model's predictions (docs/method.md 6.5).
 
 Selection and least squares see one module at a time, and what the layers before it have lost stays lost. Here the small
-weights of a whole layer follow the gradient of the distance between its output, on the pruned model's own inputs, and
-the dense model's residual stream behind the same layer. Held-out windows decide whether the result stays.
+weights of all layers follow the gradient of the divergence of the pruned model's next-token distribution from the dense
+one's, on the calibration text itself. Held-out windows decide whether the result stays.
 """
 
 from __future__ import annotations
@@ -16,123 +16,210 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from intraslice_jax.models.decoder import Block, decoder_to_arrays
+from intraslice_jax.calibrate.gradients import OnBatch
+from intraslice_jax.model import LanguageModel
+from intraslice_jax.models.decoder import Block, Decoder, decoder_from_arrays, decoder_to_arrays, run_block
+from intraslice_jax.models.head import token_kl, token_kl_gradient
 from intraslice_jax.models.rope import RopeTable
+from intraslice_jax.parallel.batches import even_batches
+from intraslice_jax.parallel.mesh import ways
+from intraslice_jax.parallel.placement import gathered, mesh_of, put_batch, to_host
+from intraslice_jax.stages import stage
 
 HELD_OUT = 1 / 8
-"""Fraction of the calibration windows on which a layer is judged before and after."""
+"""Fraction of the calibration windows on which the model is judged before and after."""
 
 
 @dataclass(frozen=True)
 class RefineSettings:
-    """How a layer is learned further.
+    """How a pruned model is learned further.
 
     Attributes:
-        epochs: passes over the training windows.
-        learning_rate: Adam's first step size, relative to the root mean square of each weight; it falls to 0 by a
-            cosine.
-        windows: calibration windows per step.
+        passes: over the training windows, one step per window of every device row.
+        learning_rate: Adam's largest step size, relative to the root mean square of each weight; it rises to that in
+            `warmup` steps and falls to 0 by a cosine.
+        warmup: steps.
         seed: order of the steps.
     """
 
-    epochs: int = 2
-    learning_rate: float = 0.02
-    windows: int = 1
+    passes: int = 2
+    learning_rate: float = 5e-4
+    warmup: int = 3
     seed: int = 0
 
 
 class Refined(NamedTuple):
-    """A layer's arrays, and what is to be known of them."""
+    """A decoder, and what is to be known of it."""
 
-    arrays: dict[str, Array]
+    decoder: Decoder
     notes: dict[str, Any]
 
 
-def refine_block(
-    block: Block,
-    inputs: Sequence[Float[Array, "_ seq hidden"]],
-    targets: Sequence[Float[Array, "_ seq hidden"]],
-    real: Sequence[int],
-    rope: RopeTable,
-    settings: RefineSettings,
-) -> Refined:
-    """Adam on the projections of a layer, one step per few windows; norms and RoPE pairs stay.
+class _Batch(NamedTuple):
+    """Windows, what the dense model has behind its final norm there, and how many of the rows count."""
 
-    The loss is the mean over tokens of the squared distance relative to the target's energy: norms in front of every
-    module make a token's own size irrelevant, and a few tokens are hundreds of times as large as the others.
+    tokens: Int[Array, "batch seq"]
+    dense: Float[Array, "batch seq hidden"]
+    real: int
+
+
+@dataclass
+class _Layer:
+    """One layer on the way: its projections in float32, and what Adam keeps of them."""
+
+    block: Block
+    weights: dict[str, Array]
+    sizes: dict[str, Array]
+    state: Any
+
+    @classmethod
+    def start(cls, block: Block, optimiser: optax.GradientTransformation) -> _Layer:
+        arrays = {name: a for name, a in decoder_to_arrays(block).items() if name.endswith("_proj")}
+        weights = {name: a.astype(jnp.float32) for name, a in arrays.items()}
+        sizes = {name: jnp.sqrt(jnp.mean(jnp.square(a))) for name, a in weights.items()}
+        return cls(block, weights, sizes, optimiser.init(weights))
+
+    @property
+    def whole(self) -> Block:
+        """The layer as it is now, ready for use."""
+        return gathered(with_weights(self.block, self.weights))
+
+
+@stage("refinement")
+def refine(
+    dense: LanguageModel,
+    decoder: Decoder,
+    windows: Int[np.ndarray, "samples seq"],
+    settings: RefineSettings,
+    on_batch: OnBatch | None = None,
+) -> Refined:
+    """Adam on the projections of all layers; norms, biases, embedding, head and RoPE pairs stay.
+
+    The loss is the KL divergence of the next-token distribution from the dense model's, averaged over all tokens. The
+    residual stream at the layer boundaries is kept for a step, and each layer's forward pass is computed again.
 
     Args:
-        block: the pruned layer.
-        inputs: the residual stream in front of it, batch by batch, in the pruned model.
-        targets: the residual stream behind the same layer of the dense model.
-        real: how many sequences of each batch count.
-        rope: position tables.
+        dense: the model that was pruned.
+        decoder: the pruned one, on the same devices.
+        windows: int32 calibration tokens; the last eighth is held out.
         settings: how far.
+        on_batch: told the windows done and their number, over all passes.
 
     Returns:
-        The layer's arrays by path, as they were if held-out windows do not come nearer to the targets.
+        The learned decoder, or the given one if the divergence on held-out windows does not fall.
     """
-    steps = [
-        (x[rows], y[rows])
-        for x, y, count in zip(inputs, targets, real, strict=True)
-        for i in range(0, count, settings.windows)
-        for rows in [slice(i, min(i + settings.windows, count))]
-    ]
-    held_out = max(1, round(len(steps) * HELD_OUT))
-    arrays = decoder_to_arrays(block)
-    if len(steps) <= held_out:
-        return Refined(arrays, {"accepted": False, "reason": "one window cannot be split"})
-    train, held = steps[:-held_out], steps[-held_out:]
-    start = {name: a.astype(jnp.float32) for name, a in arrays.items() if name.endswith("_proj")}
-    total = settings.epochs * len(train)
-    sizes = {name: jnp.sqrt(jnp.mean(jnp.square(a))) + 1e-12 for name, a in start.items()}
-    learned, state = start, _optimiser(settings, total).init(start)
+    held_out = max(1, round(len(windows) * HELD_OUT))
+    if len(windows) <= held_out:
+        return Refined(decoder, {"accepted": False, "reason": "one window cannot be split"})
+    train, held = (_batches(dense, part) for part in (windows[:-held_out], windows[-held_out:]))
+    steps = settings.passes * len(train)
+    optimiser = _optimiser(settings, steps)
+    layers = [_Layer.start(block, optimiser) for block in decoder.layers]
+    rope = decoder.rope_for(windows.shape[1])
+    before = _divergence(decoder, layers, held, rope)
     rng, losses = np.random.default_rng(settings.seed), []
-    for _ in range(settings.epochs):
-        epoch = []
+    done, total = 0, settings.passes * (len(windows) - held_out)
+    for _ in range(settings.passes):
+        sums = []
         for number in rng.permutation(len(train)):
-            learned, state, loss = _step(settings, total, block, learned, state, sizes, *train[number], rope)
-            epoch.append(loss)
-        losses.append(float(np.mean([float(loss) for loss in epoch])))
-    before, after = (float(np.mean([float(_loss(w, block, x, y, rope)) for x, y in held])) for w in (start, learned))
+            sums.append(_step(decoder, layers, train[number], rope, settings, steps))
+            done += train[number].real
+            if on_batch is not None:
+                on_batch(done, total)
+        losses.append(float(np.sum(sums) / (len(windows) - held_out)))
+    after = _divergence(decoder, layers, held, rope)
     accepted = after < before  # never when it is NaN
-    notes = {"accepted": accepted, "held_out_errors": {"before": before, "after": after}, "losses": losses}
-    if accepted:
-        arrays |= {name: a.astype(arrays[name].dtype) for name, a in learned.items()}
-    return Refined(arrays, notes)
+    notes = {"accepted": accepted, "held_out_divergence": {"before": before, "after": after}, "losses": losses}
+    if not accepted:
+        return Refined(decoder, notes)
+    arrays = decoder_to_arrays(decoder)
+    for i, layer in enumerate(layers):
+        for name, array in layer.weights.items():
+            arrays[f"layers.{i}.{name}"] = array.astype(arrays[f"layers.{i}.{name}"].dtype)
+    return Refined(decoder_from_arrays(decoder.config, arrays), notes)
 
 
-def _optimiser(settings: RefineSettings, steps: int) -> optax.GradientTransformation:
-    schedule = optax.cosine_decay_schedule(settings.learning_rate, steps)
-    return optax.chain(optax.scale_by_adam(b2=0.95), optax.scale_by_learning_rate(schedule))
+def _batches(dense: LanguageModel, windows: np.ndarray) -> list[_Batch]:
+    mesh = mesh_of(dense.decoder)
+    found = []
+    for rows, real in even_batches(len(windows), 1, ways(mesh)):
+        tokens = put_batch(windows[rows].astype(np.int32), mesh)
+        found.append(_Batch(tokens, dense.decoder.hidden_states(tokens), real))
+    return found
+
+
+def _divergence(decoder: Decoder, layers: Sequence[_Layer], batches: Sequence[_Batch], rope: RopeTable) -> float:
+    """Mean over the tokens of the real windows, in nats."""
+    sums, windows = 0.0, 0
+    for batch in batches:
+        x = decoder.embed(batch.tokens)
+        for layer in layers:
+            x = run_block(layer.whole, x, rope)
+        kl = to_host(token_kl(decoder, batch.dense, decoder.norm(x)))[: batch.real]
+        sums, windows = sums + float(kl.mean(1, dtype=np.float64).sum()), windows + batch.real
+    return sums / windows
+
+
+def _step(
+    decoder: Decoder,
+    layers: Sequence[_Layer],
+    batch: _Batch,
+    rope: RopeTable,
+    settings: RefineSettings,
+    steps: int,
+) -> float:
+    """One step of all layers; the divergence before it, summed over the real windows."""
+    x, boundaries = decoder.embed(batch.tokens), []
+    for layer in layers:
+        boundaries.append(x)
+        x = run_block(layer.whole, x, rope)
+    normed, pullback = jax.vjp(decoder.norm, x)
+    kl, gradient = token_kl_gradient(decoder, batch.dense, normed)
+    counts = jnp.arange(len(gradient)) < batch.real
+    (cotangent,) = pullback(jnp.where(counts[:, None, None], gradient / (batch.real * x.shape[1]), 0).astype(x.dtype))
+    for layer in reversed(layers):
+        gradients, cotangent = _backward(layer.whole, boundaries.pop(), rope, cotangent)
+        # Back to where the weights lie, before anything of their size is made of them.
+        gradients = {name: jax.device_put(g, layer.weights[name].sharding) for name, g in gradients.items()}
+        layer.weights, layer.state = _update(settings, steps, layer.weights, layer.state, layer.sizes, gradients)
+    return float(to_host(kl)[: batch.real].mean(1, dtype=np.float64).sum())
+
+
+@functools.partial(jax.jit, donate_argnames="cotangent")
+def _backward(block: Block, x: Array, rope: RopeTable, cotangent: Array) -> tuple[dict[str, Array], Array]:
+    """Gradients with respect to a layer's projections, float32, and to its input."""
+
+    def run(weights: dict[str, Array], x: Array) -> Array:
+        return with_weights(block, weights)(x, rope)
+
+    arrays = {name: a for name, a in decoder_to_arrays(block).items() if name.endswith("_proj")}
+    _, pullback = jax.vjp(run, {name: a.astype(jnp.float32) for name, a in arrays.items()}, x)
+    return pullback(cotangent)
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "steps"), donate_argnames="state")
-def _step(
+def _update(
     settings: RefineSettings,
     steps: int,
-    block: Block,
-    learned: dict[str, Array],
+    weights: dict[str, Array],
     state: Any,
     sizes: dict[str, Array],
-    x: Array,
-    target: Array,
-    rope: RopeTable,
-) -> tuple[dict[str, Array], Any, Array]:
-    loss, gradient = jax.value_and_grad(_loss)(learned, block, x, target, rope)
+    gradients: dict[str, Array],
+) -> tuple[dict[str, Array], Any]:
     with jax.numpy_dtype_promotion("standard"):  # Adam raises a float to its integer step count
-        update, state = _optimiser(settings, steps).update(gradient, state)
+        update, state = _optimiser(settings, steps).update(gradients, state)
     step = cast(dict[str, Array], update)
-    return {name: weight + sizes[name] * step[name] for name, weight in learned.items()}, state, loss
+    return {name: weight + sizes[name] * step[name] for name, weight in weights.items()}, state
 
 
-@jax.jit
-def _loss(weights: Mapping[str, Array], block: Block, x: Array, target: Array, rope: RopeTable) -> Array:
-    out = with_weights(block, weights)(x, rope).astype(jnp.float32)
-    target = target.astype(jnp.float32)
-    return jnp.mean(jnp.square(out - target).sum(-1) / jnp.square(target).sum(-1))
+def _optimiser(settings: RefineSettings, steps: int) -> optax.GradientTransformation:
+    warmup = min(settings.warmup, steps // 2)
+    schedule = optax.warmup_cosine_decay_schedule(
+        settings.learning_rate / (warmup + 1), settings.learning_rate, warmup, steps
+    )
+    return optax.chain(optax.scale_by_adam(b2=0.95), optax.scale_by_learning_rate(schedule))
 
 
 def with_weights(block: Block, weights: Mapping[str, Array]) -> Block:

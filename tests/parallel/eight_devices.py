@@ -31,6 +31,7 @@ from intraslice_jax.prune.linalg import solver_precision
 from intraslice_jax.prune.mlp import fuse_mlp, select_channels
 from intraslice_jax.prune.mlp_on_mesh import fuse_mlp_on_mesh
 from intraslice_jax.prune.pipeline import prune_model
+from intraslice_jax.prune.refine import RefineSettings, refine
 from tests.prune.flavours import make, windows
 from tests.tiny import write_tiny_llama
 
@@ -78,6 +79,27 @@ def test_every_mesh_gives_the_weights_of_one_device(flavour, mesh, count):
     for a, b in zip(found.report["layers"], expected.report["layers"], strict=True):
         assert a["kept_heads"] == b["kept_heads"]
         assert a["mlp_error"] == pytest.approx(b["mlp_error"], abs=1e-5)
+
+
+def test_a_model_learned_further_on_a_mesh():
+    """Split over `model` the steps are those of one device; `data=2` takes two windows at once."""
+    model, tokens, settings = make("gqa"), windows(24), RefineSettings(passes=1, learning_rate=1e-3)
+    pruned = prune_model(model, tokens, FINE)
+    expected = refine(model, pruned.decoder, tokens, settings)
+    assert expected.notes["accepted"]
+    for name in ("data=1,model=8", "data=2,model=4"):
+        mesh = make_mesh(name)
+        dense, small = on_mesh(model, mesh), on_mesh(pruned, mesh)
+        found = refine(dense, small.decoder, tokens, settings)
+        assert found.notes["accepted"]
+        arrays, before = decoder_to_arrays(found.decoder), decoder_to_arrays(small.decoder)
+        assert all(array.sharding.is_equivalent_to(before[path].sharding, array.ndim) for path, array in arrays.items())
+        if name.startswith("data=1"):
+            np.testing.assert_allclose(found.notes["losses"], expected.notes["losses"], rtol=1e-3)
+            for path, array in decoder_to_arrays(expected.decoder).items():
+                one, many = np.asarray(array), np.asarray(arrays[path])
+                # Where a gradient is about 0 its sign, which Adam follows, is a matter of rounding.
+                assert np.mean(np.abs(many - one) > 1e-3 * np.abs(one).max()) < 0.02, path
 
 
 def collectives(compiled, devices_per_row):
