@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 
 from intraslice_jax import convert
 from intraslice_jax.calibrate import data
-from intraslice_jax.config import CalibrationConfig, PruneConfig
+from intraslice_jax.config import DEFAULT_PRESET, CalibrationConfig, PruneConfig
+from intraslice_jax.config import preset as named_preset
 from intraslice_jax.convert.assemble import DTYPES
 from intraslice_jax.errors import InputError
 from intraslice_jax.evaluate.perplexity import perplexity as measure_perplexity
@@ -105,6 +106,7 @@ def prune(
     text: str,
     sparsity: float = 0.3,
     *,
+    preset: Literal["fast", "paper", "quality"] = DEFAULT_PRESET,
     samples: int = 128,
     sequence_length: int = 2048,
     seed: int = 0,
@@ -119,12 +121,14 @@ def prune(
         model: what to prune; it stays as it is.
         text: calibration text, of the kind that the model will see.
         sparsity: fraction of the attention and MLP parameters of the decoder layers to remove, in [0, 1).
+        preset: settings to begin with, which `**settings` change: `fast` does the least, `paper` is the paper's
+            method, `quality` the best that is known.
         samples: number of calibration windows, drawn at random positions of the text.
         sequence_length: tokens per window.
         seed: seed of the windows' positions.
         on_layer: called after each layer with its record.
-        on_batch: called while the ratios are estimated (`ratios` other than `uniform`) with the sequences done and
-            their number.
+        on_batch: called while the ratios are estimated (`ratios` other than `uniform`), and while the pruned model is
+            refined, with the sequences or measurements done and their number.
         journal: a folder in which to keep every finished layer. An interrupted run is continued by the same call, to
             the same bits. The folder stays: remove it once the model is saved.
         **settings: further fields of `intraslice_jax.config.PruneConfig`.
@@ -142,7 +146,7 @@ def prune(
     for name in settings:
         if name not in known:
             raise InputError(f"prune has no setting {name!r}; {closest(name, known)}")
-    config = PruneConfig(sparsity=sparsity, **settings)
+    config = dataclasses.replace(named_preset(preset), sparsity=sparsity, **settings)
     calibrate = CalibrationConfig(samples=samples, sequence_length=sequence_length, seed=seed)
     if journal is None:
         return prune_calibrated(model, text, config, calibrate, on_layer, on_batch)

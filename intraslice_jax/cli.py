@@ -6,6 +6,7 @@ line on standard error; only an error that nobody foresaw shows its traceback.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 import pkgutil
@@ -21,6 +22,7 @@ from typing import Any
 
 from intraslice_jax import commands
 from intraslice_jax.commands import _arguments as arguments
+from intraslice_jax.config import DEFAULT_PRESET, preset
 from intraslice_jax.errors import InputError, RunError
 from intraslice_jax.io.atomic import journal_of
 from intraslice_jax.settings import load_settings, with_defaults
@@ -79,8 +81,13 @@ def _parse(given: list[str], modules: dict[str, ModuleType]) -> tuple[str, Any]:
     if command in modules:
         given = arguments.merge_repeated(arguments.numbers_for_names(given, options[command]), options[command])
         config = arguments.config_file(given, getattr(modules[command], "DEFAULT_CONFIG", None))
-        if config is not None:
-            options[command] = with_defaults(options[command], load_settings(config, options[command]))
+        read = {} if config is None else load_settings(config, options[command])
+        if "preset" in {field.name for field in dataclasses.fields(options[command])}:
+            name = arguments.value_of("--preset", given) or read.get("preset", DEFAULT_PRESET)
+            options[command] = with_defaults(options[command], {"prune": preset(name)})
+            read = {} if config is None else load_settings(config, options[command])
+        if read:
+            options[command] = with_defaults(options[command], read)
     parsed = arguments.parse(given, options)
     return next(name for name, kind in options.items() if type(parsed) is kind), parsed
 

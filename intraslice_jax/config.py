@@ -310,6 +310,27 @@ class PruneConfig:
             raise InputError(f"batch_size must be 0 (automatic) or more, found {self.batch_size}")
 
 
+PRESETS = {
+    "fast": PruneConfig(),
+    "paper": PruneConfig(ratios="fisher_pca"),
+    "quality": PruneConfig(ratios="kl", selection="obs", value_basis="outputs", pair_selection="logits", refine=2),
+}
+"""Named settings: what is done least, the paper's method, and the best that is known (docs/quality.md)."""
+
+DEFAULT_PRESET = "quality"
+
+
+def preset(name: str) -> PruneConfig:
+    """The settings of that name.
+
+    Raises:
+        InputError: there are none.
+    """
+    if name not in PRESETS:
+        raise InputError(f"there is no preset {name!r}; known are {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
 @dataclass(frozen=True)
 class ParallelConfig:
     """Which devices work together, in one process or several.

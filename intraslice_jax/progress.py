@@ -6,23 +6,41 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from intraslice_jax.prune.pipeline import LayerRecord
 
 
+class PruneProgress(NamedTuple):
+    """What to call while a model is pruned."""
+
+    on_layer: Callable[[LayerRecord], None]
+    """After each layer."""
+    on_batch: Callable[[int, int], None]
+    """With the steps done and their number, before the first layer (ratios) and after the last (refinement)."""
+
+
 @contextmanager
-def layer_progress(layers: int, console: Console | None = None) -> Iterator[Callable[[LayerRecord], None]]:
-    """Yields the function to call after each of `layers` layers; output goes to standard error."""
+def prune_progress(layers: int, console: Console | None = None) -> Iterator[PruneProgress]:
+    """Yields the functions to call; output goes to standard error."""
     console = console or Console(stderr=True)
     clock = _Clock(layers)
     if not console.is_terminal:
-        yield lambda record: print(clock.line(record), file=sys.stderr, flush=True)
+
+        def line(record: LayerRecord) -> None:
+            print(clock.line(record), file=sys.stderr, flush=True)
+
+        def batch_line(done: int, total: int) -> None:
+            if done * 4 // total > (done - 1) * 4 // total:  # a line at every quarter
+                print(f"{clock.stage}: {done} of {total}", file=sys.stderr, flush=True)
+
+        yield PruneProgress(line, batch_line)
         return
     columns = (
-        TextColumn("pruning"),
+        TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -30,15 +48,18 @@ def layer_progress(layers: int, console: Console | None = None) -> Iterator[Call
         TextColumn("{task.fields[shape]}"),
     )
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=layers, remaining="", shape="")
+        tasks: dict[str, TaskID] = {}
 
-        def show(record: LayerRecord) -> None:
+        def show(stage: str, done: int, total: int, left: str = "", shape: str = "") -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=total, remaining="", shape="")
+            progress.update(tasks[stage], completed=done, remaining=left, shape=shape)
+
+        def show_layer(record: LayerRecord) -> None:
             left = clock.remaining(record.layer + 1)
-            progress.update(
-                task, completed=record.layer + 1, remaining=f"{duration(left)} left", shape=describe(record)
-            )
+            show("pruning", record.layer + 1, layers, f"{duration(left)} left", describe(record))
 
-        yield show
+        yield PruneProgress(show_layer, lambda done, total: show(clock.stage, done, total))
 
 
 @contextmanager
@@ -84,6 +105,11 @@ class _Clock:
         self._started = time.monotonic()
         self._seen = 0
         """Layers of this run: a continued one begins later."""
+
+    @property
+    def stage(self) -> str:
+        """What is done between the layers' records."""
+        return "refining" if self._seen else "measuring sensitivity"
 
     def elapsed(self) -> float:
         return time.monotonic() - self._started

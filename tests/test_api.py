@@ -27,7 +27,9 @@ def layers():
 
 @pytest.fixture(scope="module")
 def pruned(model, layers):
-    return isl.prune(model, TEXT, sparsity=0.25, samples=4, sequence_length=64, align=2, on_layer=layers.append)
+    return isl.prune(
+        model, TEXT, sparsity=0.25, samples=4, sequence_length=64, align=2, preset="fast", on_layer=layers.append
+    )
 
 
 def test_importing_the_package_is_cheap():
@@ -49,7 +51,7 @@ def test_pruning_leaves_the_model_as_it_was(model, pruned):
 
 
 def test_the_same_seed_gives_the_same_weights(model, pruned):
-    again = isl.prune(model, TEXT, sparsity=0.25, samples=4, sequence_length=64, align=2)
+    again = isl.prune(model, TEXT, sparsity=0.25, samples=4, sequence_length=64, align=2, preset="fast")
     for a, b in zip(pruned.decoder.layers, again.decoder.layers, strict=True):
         np.testing.assert_array_equal(a.mlp.down_proj[...], b.mlp.down_proj[...])
         np.testing.assert_array_equal(a.attention.o_proj[...], b.attention.o_proj[...])

@@ -1,5 +1,6 @@
 """The command line through its own entry point: what it writes, and how it refuses bad input."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -11,11 +12,13 @@ import pytest
 
 import intraslice_jax as isl
 from intraslice_jax.cli import find_commands, main
+from intraslice_jax.config import preset
+from intraslice_jax.settings import as_settings
 from tests.conftest import ROOT
 from tests.tiny import tiny_config, tiny_text, tiny_weights, write_json, write_tiny_llama
 
 # The same sizes everywhere, so that few shapes are compiled.
-SMALL = ("--samples", "4", "--sequence-length", "64", "--align", "2", "--sparsity", "0.25")
+SMALL = ("--preset", "fast", "--samples", "4", "--sequence-length", "64", "--align", "2", "--sparsity", "0.25")
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +107,20 @@ def test_the_command_line_is_stronger_than_the_file(source, tmp_path):
     assert settings["prune"]["sparsity"] == 0.25
     assert settings["calibrate"]["samples"] == 4
     assert settings["calibrate"]["sequence_length"] == 64
+
+
+def test_the_best_settings_are_the_usual_ones(source, tmp_path, capsys):
+    text = ["--calibration", str(source / "text.txt"), *SMALL[2:]]
+    assert main(["prune", str(source / "model"), "-o", str(tmp_path / "out"), *text]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["settings"]["prune"] == as_settings(dataclasses.replace(preset("quality"), sparsity=0.25, align=2))
+    assert set(report["refinement"]) == {"accepted", "held_out_divergence", "losses"}
+    assert "--ratios" not in report["command"]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line[0] != "["] == [
+        *(f"measuring sensitivity: {done} of 4" for done in (1, 2, 3, 4)),
+        *(f"refining: {done} of 6" for done in (2, 3, 5, 6)),
+    ]
 
 
 def test_calibration_files_may_be_listed_or_repeated(source, tmp_path):

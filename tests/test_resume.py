@@ -20,7 +20,7 @@ from tests.conftest import ROOT
 from tests.tiny import tiny_text, write_tiny_llama
 
 LAYERS = 6
-SMALL = ("--samples", "4", "--sequence-length", "64", "--align", "2", "--sparsity", "0.25")
+SMALL = ("--preset", "fast", "--samples", "4", "--sequence-length", "64", "--align", "2", "--sparsity", "0.25")
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,8 @@ def test_residency_does_not_change_a_bit(options, uninterrupted, tmp_path):
 def test_a_real_model_killed_at_a_random_layer(smollm2_gguf, calibration_texts, tmp_path, capsys):
     text = tmp_path / "text"
     text.write_text((calibration_texts / "wiki.utf8").read_text(encoding="utf-8")[:20000], encoding="utf-8")
-    arguments = [str(smollm2_gguf), "--calibration", str(text), "--samples", "2", "--sequence-length", "128"]
+    small = ("--preset", "fast", "--samples", "2", "--sequence-length", "128")
+    arguments = [str(smollm2_gguf), "--calibration", str(text), *small]
     # Two runs that are both stopped behind layer 3, one of them before, too: a whole run would take minutes.
     for name, stops in {"one": [int(np.random.default_rng().integers(1, 3)), 3], "other": [3]}.items():
         for layer in stops:

@@ -1,5 +1,7 @@
 """YAML options: strict, and weaker than the command line."""
 
+import dataclasses
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -8,7 +10,8 @@ import pytest
 import yaml
 
 from intraslice_jax.cli import _parse, find_commands
-from intraslice_jax.config import CalibrationConfig, PruneConfig
+from intraslice_jax.commands._command_line import command_line
+from intraslice_jax.config import CalibrationConfig, PruneConfig, preset
 from intraslice_jax.errors import InputError
 from intraslice_jax.settings import as_settings, load_settings, with_defaults
 
@@ -131,3 +134,36 @@ def test_alignments_have_names(tmp_path, given, expected):
 def test_an_unknown_alignment(tmp_path):
     with pytest.raises(InputError, match="align"):
         _parse(["prune", "m", "-o", "out", "--align", "npu"], find_commands())
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "expected"),
+    [
+        (None, [], preset("quality")),
+        (None, ["--preset", "paper"], preset("paper")),
+        (None, ["--preset=fast", "--ratios", "kl"], dataclasses.replace(preset("fast"), ratios="kl")),
+        ("preset: paper\nsparsity: 0.2", [], dataclasses.replace(preset("paper"), sparsity=0.2)),
+        (
+            "preset: paper\nratios: uniform",
+            ["--preset", "quality"],
+            dataclasses.replace(preset("quality"), ratios="uniform"),
+        ),
+        ("refine: 0", ["--refine", "1"], dataclasses.replace(preset("quality"), refine=1)),
+    ],
+)
+def test_a_preset_is_weaker_than_single_options(text, flags, expected, tmp_path):
+    if text is not None:
+        (tmp_path / "c.yaml").write_text(text)
+        flags = [*flags, "--config", str(tmp_path / "c.yaml")]
+    options = _parse(["prune", "m", "-o", "out", *flags], find_commands())[1]
+    assert options.prune == expected
+    words = shlex.split(command_line("prune", options))
+    assert _parse(words[1:], find_commands())[1].prune == expected
+
+
+def test_an_unknown_preset(tmp_path):
+    (tmp_path / "c.yaml").write_text("preset: best")
+    with pytest.raises(InputError, match="preset must be one of fast, paper, quality"):
+        _parse(["prune", "m", "-o", "out", "--config", str(tmp_path / "c.yaml")], find_commands())
+    with pytest.raises(InputError, match="no preset 'best'; known are fast, paper, quality"):
+        _parse(["prune", "m", "-o", "out", "--preset", "best"], find_commands())

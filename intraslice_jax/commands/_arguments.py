@@ -111,13 +111,20 @@ def _several(options: type) -> list[str]:
     return names
 
 
-def config_file(args: Sequence[str], default: str | None) -> Path | None:
-    """The file that `--config` names, else the default: a path, or the name of a ready recipe."""
-    name = default
+def value_of(option: str, args: Sequence[str]) -> str | None:
+    """What the last `--option VALUE` or `--option=VALUE` gives, before the arguments are parsed."""
+    found = None
     for i, argument in enumerate(args):
         flag, given, value = argument.partition("=")
-        if flag == "--config":
-            name = value if given else "".join(args[i + 1 : i + 2])
+        if flag == option:
+            found = value if given else "".join(args[i + 1 : i + 2])
+    return found
+
+
+def config_file(args: Sequence[str], default: str | None) -> Path | None:
+    """The file that `--config` names, else the default: a path, or the name of a ready recipe."""
+    name = value_of("--config", args)
+    name = default if name is None else name
     return recipe(name) if name else None
 
 

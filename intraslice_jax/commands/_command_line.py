@@ -7,6 +7,7 @@ import shlex
 from typing import Any, get_type_hints
 
 from intraslice_jax.commands._types import Checkpoint, Model
+from intraslice_jax.config import PruneConfig, preset
 from intraslice_jax.settings import as_settings
 
 _LEFT_OUT = ("overwrite", "resume")
@@ -23,23 +24,24 @@ def command_line(command: str, options: Any) -> str:
     hints = get_type_hints(type(options), include_extras=True)
     positional: list[str] = []
     flags: list[str] = []
+    named = preset(options.preset) if hasattr(options, "preset") else None
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if hints[field.name] in (Model, Checkpoint):
             positional.append(str(value))
         elif dataclasses.is_dataclass(value):
-            flags += _flags(value)
+            flags += _flags(value, named if isinstance(value, PruneConfig) and named else type(value)())
         elif field.name not in (*_LEFT_OUT, "config"):
-            flags += _flag(field.name, as_settings(options).get(field.name), _default(field))
+            flags += _flag(field.name, as_settings(options).get(field.name), _default(type(options), field.name))
     return shlex.join(["intraslice", *command.split(" "), *positional, *flags])
 
 
-def _flags(section: Any) -> list[str]:
-    settings = as_settings(section)
+def _flags(section: Any, usual: Any) -> list[str]:
+    settings, defaults = as_settings(section), as_settings(usual)
     return [
         part
         for field in dataclasses.fields(section)
-        for part in _flag(field.name, settings.get(field.name), _default(field))
+        for part in _flag(field.name, settings.get(field.name), defaults.get(field.name))
     ]
 
 
@@ -52,8 +54,10 @@ def _flag(name: str, value: Any, default: Any) -> list[str]:
     return [flag, *(map(str, value) if isinstance(value, list) else [str(value)])]
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
-    """As `as_settings` writes it; None where there is none."""
-    if field.default is dataclasses.MISSING:
+def _default(kind: type, name: str) -> Any:
+    """What the class that has the field first says, not what a file changed; as `as_settings` writes it."""
+    first = next(base for base in reversed(kind.__mro__) if name in getattr(base, "__dataclass_fields__", {}))
+    default = first.__dataclass_fields__[name].default
+    if default is dataclasses.MISSING:
         return None
-    return list(field.default) if isinstance(field.default, tuple) else field.default
+    return list(default) if isinstance(default, tuple) else default

@@ -14,7 +14,7 @@ from tyro.conf import OmitArgPrefixes
 from intraslice_jax.commands._command_line import command_line
 from intraslice_jax.commands._held_out import HeldOut, read_held_out
 from intraslice_jax.commands._types import Config, Dtype, Model, Output
-from intraslice_jax.config import CalibrationConfig, ParallelConfig, PruneConfig
+from intraslice_jax.config import DEFAULT_PRESET, CalibrationConfig, ParallelConfig, PruneConfig
 from intraslice_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ class Options(HeldOut):
         model: a folder, a hub id, a .gguf file, or a checkpoint.
         output: the checkpoint folder to write.
         config: YAML file with any of these options; the command line is stronger.
+        preset: settings to begin with, single ones of which other options replace: `fast` does the least, `paper` is
+            the paper's method, `quality` the best that is known.
         overwrite: replace OUT if it exists.
         dtype: dtype of the weights; as stored if not given.
         resume: continue an interrupted run of the same command from the journal beside OUT, if there is one.
@@ -41,6 +43,7 @@ class Options(HeldOut):
     model: Model
     output: Output
     config: Config = None
+    preset: Literal["fast", "paper", "quality"] = DEFAULT_PRESET
     overwrite: bool = False
     dtype: Dtype | None = None
     resume: bool = False
@@ -74,7 +77,7 @@ def _prune(options: Options, journal: Journal | None) -> None:
     from intraslice_jax.evaluate.held_out import measure_both
     from intraslice_jax.io.memory import return_freed_arrays
     from intraslice_jax.parallel.mesh import make_mesh
-    from intraslice_jax.progress import duration, layer_progress
+    from intraslice_jax.progress import duration, prune_progress
     from intraslice_jax.report.single import write_report
     from intraslice_jax.settings import as_settings
 
@@ -86,8 +89,8 @@ def _prune(options: Options, journal: Journal | None) -> None:
         return_freed_arrays()
     model = api.load(options.model, options.dtype, make_mesh(options.parallel.mesh), options.residency)
     clock.finish("reading")
-    with layer_progress(model.config.num_layers) as on_layer:
-        pruned = api.prune_calibrated(model, text, options.prune, calibrate, on_layer, journal=journal)
+    with prune_progress(model.config.num_layers) as told:
+        pruned = api.prune_calibrated(model, text, options.prune, calibrate, *told, journal=journal)
     texts, measuring = {}, StageClock()
     if held_out is not None:
         texts[held_out.name] = measure_both(model, pruned, held_out, calibrate.sequence_length)
@@ -134,6 +137,11 @@ def _check_journal(options: Options) -> None:
     folder = journal_of(options.output)
     if options.residency == "disk" and not options.journal:
         raise InputError("residency disk keeps finished layers in the journal; leave out --no-journal")
+    if options.residency != "device" and options.prune.refine:
+        raise InputError(
+            f"refine learns all layers at once, which must be on the devices; give --refine 0 with --residency "
+            f"{options.residency}"
+        )
     if options.resume and not options.journal:
         raise InputError("--resume needs the journal; leave out --no-journal")
     if folder.exists() and options.journal and not (options.resume or options.overwrite):

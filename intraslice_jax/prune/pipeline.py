@@ -97,9 +97,7 @@ def prune_model(
     method = create_method(config.method)
     _check_windows(model, windows)
     if config.refine and isinstance(model.decoder, StreamedDecoder):
-        raise InputError(
-            "refine learns all layers at once, which must be on the devices; give refine 0, or residency device"
-        )
+        raise InputError("refine learns all layers at once, which must be on the devices; give refine=0")
     mesh = mesh or mesh_of(model.decoder)
     model = on_mesh(model, mesh)
     check_weights(decoder_to_arrays(model.decoder))

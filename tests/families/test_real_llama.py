@@ -46,6 +46,6 @@ def test_exports_of_smollm2_in_torch(smollm2_gguf, calibration_texts, tmp_path, 
     assert assert_same(dense, isl.export(dense, tmp_path / "dense"), text) == "LlamaForCausalLM"
 
     calibration = (calibration_texts / "wiki.utf8").read_text()[:40000]
-    pruned = isl.prune(dense, calibration, sparsity=0.3, samples=2, sequence_length=256)
+    pruned = isl.prune(dense, calibration, sparsity=0.3, preset="fast", samples=2, sequence_length=256)
     assert pruned.report["removed_block_fraction"] == pytest.approx(0.3, abs=0.005)
     assert assert_same(pruned, isl.export(pruned, tmp_path / "pruned"), text, roundings=4) == "IntraSliceForCausalLM"

@@ -51,7 +51,7 @@ def test_two_processes_killed_and_continued_write_the_checkpoint_of_one(tmp_path
     (tmp_path / "text").write_text(tiny_text())
     options = [
         *("prune", str(model), "--calibration", str(tmp_path / "text"), "--samples", "10"),
-        *("--sequence-length", "32", "--align", "1", "--resume", "--output"),
+        *("--sequence-length", "32", "--align", "1", "--preset", "fast", "--resume", "--output"),
     ]
 
     def start_both() -> list[subprocess.Popen]:

@@ -52,7 +52,7 @@ def test_predictions_come_nearer_on_windows_that_were_not_learned_on(flavour):
 
 
 def test_one_step_goes_down_the_gradient_of_the_divergence():
-    """Adam's first step is the sign of each gradient; the loss is differentiated by JAX here, without the layers' own."""
+    """Adam's first step is the sign of each gradient; the loss is differentiated by JAX as a whole here."""
     tokens = windows(2)
     model, pruned = pruned_and_dense("gqa", tokens)
     settings = RefineSettings(passes=1, learning_rate=1e-3)

@@ -33,7 +33,18 @@ def source(tmp_path_factory):
 
 def arguments(source, out, sparsity):
     files = ["--calibration", str(source / "text.txt"), "--text", str(source / "held out.txt"), "--windows", "2"]
-    small = ["--samples", "4", "--sequence-length", "64", "--align", "2", "--sparsity", str(sparsity)]
+    small = [
+        "--preset",
+        "fast",
+        "--samples",
+        "4",
+        "--sequence-length",
+        "64",
+        "--align",
+        "2",
+        "--sparsity",
+        str(sparsity),
+    ]
     return ["prune", str(source / "model"), "-o", str(out), *files, *small]
 
 
