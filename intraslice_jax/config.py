@@ -313,7 +313,9 @@ class PruneConfig:
 PRESETS = {
     "fast": PruneConfig(),
     "paper": PruneConfig(ratios="fisher_pca"),
-    "quality": PruneConfig(ratios="kl", selection="obs", value_basis="outputs", pair_selection="logits", refine=2),
+    "quality": PruneConfig(
+        ratios="kl", max_ratio=0.75, selection="obs", value_basis="outputs", pair_selection="logits", refine=2
+    ),
 }
 """Named settings: what is done least, the paper's method, and the best that is known (docs/quality.md)."""
 

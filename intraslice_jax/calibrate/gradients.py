@@ -66,6 +66,7 @@ def group_gradients(
     batch_size: int = 0,
     memory_budget: int = 512 * 2**20,
     on_batch: OnBatch | None = None,
+    start: int = 0,
 ) -> Iterator[GroupGradients]:
     """Mask gradients of the mean token loss of every sequence, summed over groups of consecutive sequences.
 
@@ -80,6 +81,8 @@ def group_gradients(
         batch_size: sequences per step, 0 to choose it from the budget.
         memory_budget: bytes that a step's activations may take.
         on_batch: told after each step.
+        start: how many sequences, a multiple of `group`, are left out at the beginning. All others get the same bits as
+            without it.
 
     Raises:
         RunError: a loss or a gradient is not finite; the message names the layer.
@@ -88,7 +91,7 @@ def group_gradients(
     size = batch_size or ways(mesh) * _automatic_batch(model.config, windows.shape[1], matrices, memory_budget)
     pending: list[_Sequences] = []
     waiting = 0
-    for batch in _sequences(model.decoder, windows, size, matrices, on_batch):
+    for batch in _sequences(model.decoder, windows, size, matrices, on_batch, start):
         while waiting + batch.sequences >= group:
             head, batch = batch.split(group - waiting)
             yield _sum([*pending, head])
@@ -177,14 +180,17 @@ def _batches(windows: np.ndarray, size: int, mesh: Mesh | None) -> Iterator[tupl
 
 
 def _sequences(
-    decoder: Decoder, windows: np.ndarray, size: int, matrices: bool, on_batch: OnBatch | None
+    decoder: Decoder, windows: np.ndarray, size: int, matrices: bool, on_batch: OnBatch | None, start: int
 ) -> Iterator[_Sequences]:
     rope = decoder.rope_for(windows.shape[1])
     for tokens, real, done in _batches(windows, size, mesh_of(decoder)):
+        if done <= start:
+            continue
         # Not around the whole loop: a generator must not leave the setting on while its caller runs.
         with jax.default_matmul_precision("highest"):
             batch = _one_batch(decoder, tokens, rope, matrices)
         batch, _ = batch.split(real)
+        _, batch = batch.split(max(0, start - (done - real)))
         _check_batch(batch, decoder, tokens)
         yield batch
         if on_batch is not None:

@@ -3,6 +3,7 @@
     OUT.journal/
         run.json           what the run is of (`identity.run_identity`)
         NAME.json          facts, such as the ratios
+        NAME/              sums that grow during a pass over the text: arrays.npz, facts.json, SHA256SUMS
         layers/00007/      a pruned layer: state/ (Orbax), facts.json, SHA256SUMS
         streams/00007/     likewise the residual stream behind it; the latest two are kept
 
@@ -16,7 +17,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -92,6 +93,38 @@ class Journal:
         if is_first():
             self._create()
             self._write_sealed(name, fact)
+
+    def get_arrays(self, name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+        """The latest arrays and their facts; what is damaged is left out, with a warning."""
+        entry = self._folder / name
+        if not entry.is_dir():
+            return None
+        problem = _damage(entry)
+        if problem is not None:
+            log.warning("%s; that pass over the text begins again", problem)
+            return None
+        with np.load(entry / "arrays.npz") as stored:
+            return dict(stored), _facts(entry)
+
+    def put_arrays(self, name: str, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
+        """Keeps arrays that all processes have; the first writes them.
+
+        Raises:
+            RunError: they cannot be written.
+        """
+        if is_first():
+            self._create()
+
+        def write(work: Path) -> None:
+            if is_first():
+                np.savez(work / "arrays.npz", **arrays)
+
+        self._write_entry(self._folder / name, write, facts)
+
+    def drop_arrays(self, name: str) -> None:
+        """Forgets them."""
+        if is_first():
+            shutil.rmtree(self._folder / name, ignore_errors=True)
 
     def layer(self, index: int) -> tuple[Mapping[str, np.ndarray], dict[str, Any]]:
         """A finished layer."""
@@ -203,19 +236,17 @@ class Journal:
         if is_first():
             self._create()
         # In this order: a stream is of use only with all layers before it.
-        self._write_entry(self._entry("layers", index), arrays, facts)
-        self._write_entry(self._entry("streams", index), stream, stream_facts)
+        self._write_entry(self._entry("layers", index), _orbax(arrays), facts)
+        self._write_entry(self._entry("streams", index), _orbax(stream), stream_facts)
         if is_first():
             for old in (self._folder / "streams").iterdir():
                 if old.name <= _name(index - KEPT_STREAMS):
                     shutil.rmtree(old, ignore_errors=True)
 
-    def _write_entry(self, entry: Path, arrays: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    def _write_entry(self, entry: Path, write: Callable[[Path], None], facts: Mapping[str, Any]) -> None:
         try:
             with shared_folder(entry, overwrite=True) as work:
-                if arrays:
-                    with frugal():
-                        ocp.save(str(work.absolute() / "state"), dict(arrays))
+                write(work)
                 if is_first():
                     (work / "facts.json").write_text(json.dumps(facts))
                     write_digests(work, ".")
@@ -272,6 +303,17 @@ class Journal:
 
 def _name(index: int) -> str:
     return f"{index:05d}"
+
+
+def _orbax(arrays: Mapping[str, Any]) -> Callable[[Path], None]:
+    """What writes these arrays into an entry."""
+
+    def write(work: Path) -> None:
+        if arrays:
+            with frugal():
+                ocp.save(str(work.absolute() / "state"), dict(arrays))
+
+    return write
 
 
 def _stored(entry: Path) -> StreamedArrays:

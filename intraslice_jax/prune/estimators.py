@@ -6,12 +6,13 @@ known to `--ratios name`.
 
 from __future__ import annotations
 
+import abc
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import yaml
@@ -24,11 +25,24 @@ from intraslice_jax.model import LanguageModel
 from intraslice_jax.prune.allocation import UnitScores, allocate, allocate_evenly
 from intraslice_jax.prune.budget import LayerRatios
 from intraslice_jax.prune.linalg import eigh_descending, solver_precision, to_solver
+from intraslice_jax.prune.resume import RunLog
 from intraslice_jax.prune.sensitivity import KLSensitivity
 from intraslice_jax.settings import closest
 
 DEGENERATE = 1e-6
 """Eigenvalues closer than this times the largest count as equal: float32 moments do not tell them apart."""
+
+
+GRADIENTS = "gradients"
+"""What a run's log calls the sums over the groups that are done."""
+
+KEPT_SUMS = 16
+"""How often they are kept there during a pass over the text; of a large model they are some hundred MB."""
+
+Terms: TypeAlias = Mapping[str, Sequence[np.ndarray]]
+"""By name, an array per layer."""
+
+TermsOf: TypeAlias = Callable[[GroupGradients], Terms]
 
 
 @runtime_checkable
@@ -57,11 +71,28 @@ class Estimator(Protocol):
         ...
 
 
+@runtime_checkable
+class ResumableEstimator(Protocol):
+    """An estimator that takes long, and goes on where it was when the run was stopped."""
+
+    def resumed(
+        self,
+        model: LanguageModel,
+        windows: Int[np.ndarray, "samples seq"],
+        config: PruneConfig,
+        on_batch: OnBatch | None,
+        run_log: RunLog | None,
+    ) -> UnitScores | LayerRatios:
+        """As `Estimator.__call__`; `run_log` holds what an earlier call left there, and gets what this one finds."""
+        ...
+
+
 def estimate_ratios(
     model: LanguageModel,
     windows: Int[np.ndarray, "samples seq"],
     config: PruneConfig,
     on_batch: OnBatch | None = None,
+    run_log: RunLog | None = None,
 ) -> LayerRatios:
     """The ratios that `config.ratios` names: an estimator, or a file of ratios.
 
@@ -72,7 +103,11 @@ def estimate_ratios(
     estimator = find_estimator(config.ratios)
     if not isinstance(estimator, FromFile):
         allocate_evenly(model.config, config)  # says at once when the budget is beyond reach
-    found = estimator(model, windows, config, on_batch)
+    if run_log is not None and isinstance(estimator, ResumableEstimator):
+        found = estimator.resumed(model, windows, config, on_batch, run_log)
+        run_log.drop_arrays(GRADIENTS)
+    else:
+        found = estimator(model, windows, config, on_batch)
     if isinstance(found, UnitScores):
         return allocate(model.config, found, config)
     check_ratios(found, model.config, config, config.ratios)
@@ -99,54 +134,106 @@ class Uniform:
         return allocate_evenly(model.config, config)
 
 
-@dataclass(frozen=True)
-class Fisher:
+class _FromGradients(abc.ABC):
+    """Scores from sums over groups of gradients; a run that is stopped goes on with the sums that it had."""
+
+    matrices = False
+
+    def __call__(
+        self, model: LanguageModel, windows: np.ndarray, config: PruneConfig, on_batch: OnBatch | None = None
+    ) -> UnitScores:
+        return self.resumed(model, windows, config, on_batch, None)
+
+    def resumed(
+        self,
+        model: LanguageModel,
+        windows: np.ndarray,
+        config: PruneConfig,
+        on_batch: OnBatch | None,
+        run_log: RunLog | None,
+    ) -> UnitScores:
+        """The scores, going on behind the sequences whose sums the log has."""
+        terms_of = self.prepare(model, windows, config)
+        totals = _Totals.kept_in(run_log)
+        groups = group_gradients(
+            model,
+            windows,
+            group=config.gradient_group,
+            matrices=self.matrices,
+            batch_size=config.batch_size,
+            memory_budget=config.memory_budget,
+            on_batch=on_batch,
+            start=totals.sequences,
+        )
+        step = max(1, len(windows) // KEPT_SUMS)
+        for group in groups:
+            done = totals.sequences // step
+            totals.add(terms_of(group), group.sequences)
+            if totals.sequences // step > done:
+                totals.keep_in(run_log)
+        return self.scores(totals)
+
+    @abc.abstractmethod
+    def prepare(self, model: LanguageModel, windows: np.ndarray, config: PruneConfig) -> TermsOf:
+        """What makes the terms of a group, float64."""
+
+    @abc.abstractmethod
+    def scores(self, totals: _Totals) -> UnitScores:
+        """What is made of their sums over all groups."""
+
+
+class Fisher(_FromGradients):
     """Whole heads, and channels, by the squared gradients of their masks."""
 
-    def __call__(
-        self, model: LanguageModel, windows: np.ndarray, config: PruneConfig, on_batch: OnBatch | None = None
-    ) -> UnitScores:
-        heads = _Totals()
-        channels = _Totals()
-        for group in _gradients(model, windows, config, on_batch):
-            heads.add(np.square(g.sum(1, dtype=np.float64)) for g in group.attention)
-            channels.add(np.square(g, dtype=np.float64) for g in group.mlp)
-        return UnitScores(heads.arrays, channels.arrays)
+    def prepare(self, model: LanguageModel, windows: np.ndarray, config: PruneConfig) -> TermsOf:
+        def terms(group: GroupGradients) -> Terms:
+            heads = [np.square(g.sum(1, dtype=np.float64)) for g in group.attention]
+            return {"heads": heads, "channels": _squares(group.mlp)}
+
+        return terms
+
+    def scores(self, totals: _Totals) -> UnitScores:
+        return UnitScores(totals["heads"], totals["channels"])
 
 
-@dataclass(frozen=True)
-class FisherPCA:
+class FisherPCA(_FromGradients):
     """Principal components of heads, by the squared gradients of the heads' masks rotated into their basis."""
 
-    def __call__(
-        self, model: LanguageModel, windows: np.ndarray, config: PruneConfig, on_batch: OnBatch | None = None
-    ) -> UnitScores:
-        # All that the gradients g of a head say in any basis is in the sum of g^T g.
-        products, grams, channels = _Totals(), _Totals(), _Totals()
-        for group in _gradients(model, windows, config, on_batch):
-            products.add(np.einsum("hv,hw->hvw", g, g, dtype=np.float64) for g in group.attention)
-            grams.add(np.asarray(gram, np.float64) for gram in group.head_gram)
-            channels.add(np.square(g, dtype=np.float64) for g in group.mlp)
-        scores = tuple(
-            rotated_scores(product, gram) for product, gram in zip(products.arrays, grams.arrays, strict=True)
-        )
-        return UnitScores(scores, channels.arrays)
+    def prepare(self, model: LanguageModel, windows: np.ndarray, config: PruneConfig) -> TermsOf:
+        def terms(group: GroupGradients) -> Terms:
+            # All that the gradients g of a head say in any basis is in the sum of g^T g.
+            products = [np.einsum("hv,hw->hvw", g, g, dtype=np.float64) for g in group.attention]
+            grams = [np.asarray(gram, np.float64) for gram in group.head_gram]
+            return {"products": products, "grams": grams, "channels": _squares(group.mlp)}
+
+        return terms
+
+    def scores(self, totals: _Totals) -> UnitScores:
+        pairs = zip(totals["products"], totals["grams"], strict=True)
+        return UnitScores(tuple(rotated_scores(product, gram) for product, gram in pairs), totals["channels"])
 
 
-@dataclass(frozen=True)
-class FisherComponents:
+class FisherComponents(_FromGradients):
     """Principal components of heads, by the squared gradients of masks on the components themselves."""
 
-    def __call__(
-        self, model: LanguageModel, windows: np.ndarray, config: PruneConfig, on_batch: OnBatch | None = None
-    ) -> UnitScores:
+    matrices = True
+
+    def prepare(self, model: LanguageModel, windows: np.ndarray, config: PruneConfig) -> TermsOf:
         grams = head_grams(model, windows, batch_size=config.batch_size, memory_budget=config.memory_budget)
         bases = [eigenbases(gram) for gram in grams]
-        components, channels = _Totals(), _Totals()
-        for group in _gradients(model, windows, config, on_batch, matrices=True):
-            components.add(component_scores(matrix, basis) for matrix, basis in zip(group.matrices, bases, strict=True))
-            channels.add(np.square(g, dtype=np.float64) for g in group.mlp)
-        return UnitScores(tuple(a.reshape(-1) for a in components.arrays), channels.arrays)
+
+        def terms(group: GroupGradients) -> Terms:
+            components = [component_scores(m, basis) for m, basis in zip(group.matrices, bases, strict=True)]
+            return {"components": components, "channels": _squares(group.mlp)}
+
+        return terms
+
+    def scores(self, totals: _Totals) -> UnitScores:
+        return UnitScores(tuple(a.reshape(-1) for a in totals["components"]), totals["channels"])
+
+
+def _squares(gradients: Sequence[np.ndarray]) -> list[np.ndarray]:
+    return [np.square(g, dtype=np.float64) for g in gradients]
 
 
 @dataclass(frozen=True)
@@ -293,33 +380,36 @@ def _number(value: Any, where: str) -> float:
     return float(value)
 
 
-def _gradients(
-    model: LanguageModel,
-    windows: np.ndarray,
-    config: PruneConfig,
-    on_batch: OnBatch | None,
-    matrices: bool = False,
-) -> Iterator[GroupGradients]:
-    return group_gradients(
-        model,
-        windows,
-        group=config.gradient_group,
-        matrices=matrices,
-        batch_size=config.batch_size,
-        memory_budget=config.memory_budget,
-        on_batch=on_batch,
-    )
-
-
 class _Totals:
-    """Sums of one array per layer."""
+    """Sums of terms, an array per name and layer, and over how many sequences."""
 
     def __init__(self) -> None:
-        self.arrays: tuple[np.ndarray, ...] = ()
+        self.sequences = 0
+        self._arrays: dict[str, np.ndarray] = {}
 
-    def add(self, arrays: Iterable[np.ndarray]) -> None:
-        """Adds one array to each sum."""
-        if self.arrays:
-            self.arrays = tuple(total + array for total, array in zip(self.arrays, arrays, strict=True))
-        else:
-            self.arrays = tuple(arrays)
+    @classmethod
+    def kept_in(cls, run_log: RunLog | None) -> _Totals:
+        """Those of a run that was stopped, or empty ones."""
+        totals = cls()
+        kept = None if run_log is None else run_log.get_arrays(GRADIENTS)
+        if kept is not None:
+            totals._arrays, totals.sequences = kept[0], kept[1]["sequences"]
+        return totals
+
+    def keep_in(self, run_log: RunLog | None) -> None:
+        """For a run that goes on later."""
+        if run_log is not None:
+            run_log.put_arrays(GRADIENTS, self._arrays, {"sequences": self.sequences})
+
+    def add(self, terms: Terms, sequences: int) -> None:
+        """Adds the terms of a group."""
+        for name, layers in terms.items():
+            for i, array in enumerate(layers):
+                key = f"{name}.{i}"
+                self._arrays[key] = self._arrays[key] + array if key in self._arrays else array
+        self.sequences += sequences
+
+    def __getitem__(self, name: str) -> tuple[np.ndarray, ...]:
+        """The sums of all layers."""
+        layers = sum(key.rpartition(".")[0] == name for key in self._arrays)
+        return tuple(self._arrays[f"{name}.{i}"] for i in range(layers))

@@ -159,7 +159,7 @@ def _ratios(
     """Those that the log holds; else estimates them, and keeps them there if that took a pass over the text."""
     if run_log is not None and (kept := run_log.get("ratios")) is not None:
         return LayerRatios(tuple(kept["attention"]), tuple(kept["mlp"]))
-    found = estimate_ratios(model, windows, config, on_batch)
+    found = estimate_ratios(model, windows, config, on_batch, run_log)
     if run_log is not None and not isinstance(find_estimator(config.ratios), Uniform | FromFile):
         run_log.put("ratios", dataclasses.asdict(found))
     return found

@@ -29,6 +29,18 @@ class RunLog(Protocol):
         """Keeps a fact."""
         ...
 
+    def get_arrays(self, name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+        """The latest arrays of that name and their facts, None if there are none."""
+        ...
+
+    def put_arrays(self, name: str, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
+        """Keeps arrays that all processes have, and facts, instead of those that had the name."""
+        ...
+
+    def drop_arrays(self, name: str) -> None:
+        """Forgets them."""
+        ...
+
     def layer(self, index: int) -> tuple[Mapping[str, np.ndarray], dict[str, Any]]:
         """A finished layer: arrays by name, each read when it is asked for, and facts."""
         ...

@@ -21,13 +21,17 @@ from intraslice_jax.prune.allocation import allocate_by_curves
 from intraslice_jax.prune.budget import LayerRatios, narrowest
 from intraslice_jax.prune.calibration import AttentionCalibration, MLPCalibration, ResidualStream, batch_size, replace
 from intraslice_jax.prune.methods import create_method
+from intraslice_jax.prune.resume import RunLog
 
-HELD_OUT = 1 / 16
+HELD_OUT = 1 / 8
 """Fraction of the calibration windows on which the divergence is measured."""
 
-JUDGED = 256
+JUDGED = 1024
 """Tokens at which predictions are compared, spread evenly over the held-out windows: the head costs more than all
 layers of a small model."""
+
+MEASURED = "divergences"
+"""What a run's log calls the costs of its first layers."""
 
 LEAST_COST = 1e-7
 """Nats per token: below it, divergences are rounding."""
@@ -54,8 +58,20 @@ class KLSensitivity:
         on_batch: OnBatch | None = None,
     ) -> LayerRatios:
         """Ratios of the least total cost; `on_batch` is told the measurements done and their number."""
+        return self.resumed(model, windows, config, on_batch, None)
+
+    def resumed(
+        self,
+        model: LanguageModel,
+        windows: Int[np.ndarray, "samples seq"],
+        config: PruneConfig,
+        on_batch: OnBatch | None,
+        run_log: RunLog | None,
+    ) -> LayerRatios:
+        """The same, going on behind the layers of which the log has measurements."""
         ratios = tuple(sorted({min(config.sparsity * point, config.max_ratio) for point in self.points}))
-        return allocate_by_curves(model.config, ratios, divergences(model, windows, config, ratios, on_batch), config)
+        costs = divergences(model, windows, config, ratios, on_batch, run_log)
+        return allocate_by_curves(model.config, ratios, costs, config)
 
 
 def divergences(
@@ -64,6 +80,7 @@ def divergences(
     config: PruneConfig,
     ratios: tuple[float, ...],
     on_batch: OnBatch | None = None,
+    run_log: RunLog | None = None,
 ) -> tuple[Float[np.ndarray, "layers ratios"], Float[np.ndarray, "layers ratios"]]:
     """Mean KL divergence per token, in nats, that pruning each layer's attention, and each layer's MLP, alone gives.
 
@@ -73,15 +90,23 @@ def divergences(
         config: the method.
         ratios: at which each module is pruned.
         on_batch: told the measurements done and their number.
+        run_log: keeps what was measured, layer by layer.
     """
     held_out = max(1, round(len(windows) * HELD_OUT))
     train = windows[:-held_out] if len(windows) > held_out else windows
     tail = _Tail.start(model, windows[-held_out:])
     costs = np.zeros((2, model.config.num_layers, len(ratios)))
-    for done, alone in enumerate(_pruned_alone(model, train, config, ratios), 1):
-        if alone.layer > tail.layer:
+    measured = [] if run_log is None else run_log.get(MEASURED) or []
+    for layer, found in enumerate(measured):
+        costs[:, layer] = found
+    first = len(measured)
+    for done, alone in enumerate(_pruned_alone(model, train, config, ratios, first), first * 2 * len(ratios) + 1):
+        while alone.layer > tail.layer:
             tail.advance()
         costs[alone.kind, alone.layer, alone.point] = tail.divergence(alone.block)
+        if run_log is not None and (alone.kind, alone.point) == (1, len(ratios) - 1):
+            measured.append(costs[:, alone.layer].tolist())
+            run_log.put(MEASURED, measured)
         if on_batch is not None:
             on_batch(done, costs.size)
     costs = np.maximum(costs, LEAST_COST)
@@ -100,8 +125,9 @@ class _Alone(NamedTuple):
 
 
 def _pruned_alone(
-    model: LanguageModel, windows: np.ndarray, config: PruneConfig, ratios: tuple[float, ...]
+    model: LanguageModel, windows: np.ndarray, config: PruneConfig, ratios: tuple[float, ...], first: int
 ) -> Iterator[_Alone]:
+    """The layers from the first one wanted on; the others are only passed through."""
     method, dense = create_method(config.method), model.config
     config = dataclasses.replace(config, iterative="never")
     rows = ways(mesh_of(model.decoder))
@@ -110,13 +136,13 @@ def _pruned_alone(
     for i, block in enumerate(map(gathered, model.decoder.layers)):
         shape, arrays = dense.layers[i], decoder_to_arrays(block)
         before = AttentionCalibration(i, block, shape, stream, config, dense, anything)
-        for point, ratio in enumerate(ratios):
+        for point, ratio in enumerate(ratios if i >= first else ()):
             attention = method.prune_attention(before, ratio)
             pruned = replace(arrays, "attention", attention.arrays, stream.mesh)
             yield _Alone(0, i, point, block_from_arrays(dense, attention.shape, pruned))
 
         calibration, inner = MLPCalibration.run(i, dense, shape, arrays, stream, config), shape.intermediate_size
-        for point, ratio in enumerate(ratios):
+        for point, ratio in enumerate(ratios if i >= first else ()):
             keep = max(narrowest(inner, config.align, 1.0), round(inner * (1 - ratio)))
             pruned = replace(arrays, "mlp", method.prune_mlp(calibration, keep).arrays, stream.mesh)
             narrow = dataclasses.replace(shape, intermediate_size=keep)

@@ -19,6 +19,7 @@ from intraslice_jax.io import journal as journal_module
 from intraslice_jax.io.journal import Journal
 from intraslice_jax.models.decoder import decoder_to_arrays
 from intraslice_jax.prune import pipeline
+from intraslice_jax.prune.estimators import GRADIENTS, estimate_ratios
 from intraslice_jax.prune.pipeline import prune_model
 from tests.prune.flavours import make, windows, with_arrays
 
@@ -124,6 +125,63 @@ def test_what_took_a_pass_over_the_text_is_not_done_again(tmp_path, monkeypatch)
             else:
                 patch.setattr(pipeline, "plan_uniform_layout", lambda *_: pytest.fail("planned again"))
             run(model, config, folder)
+
+
+class Passes:
+    """Told of the batches of a stage; ends the run at one of them."""
+
+    def __init__(self, last=None):
+        self.done, self.last = [], last
+
+    def __call__(self, done, _):
+        self.done.append(done)
+        if done == self.last:
+            raise Stop
+
+
+def run_of_ratios(config, folder, on_batch):
+    with closing(Journal(folder)) as journal:
+        journal.begin(RUN)
+        return estimate_ratios(make("gqa", layers=3), windows(12), config, on_batch, journal)
+
+
+@pytest.mark.parametrize(
+    ("settings", "stopped_at", "first"),
+    [
+        # Batches of 3: eight sequences are in whole groups, so the third batch is needed again.
+        ({"ratios": "fisher", "gradient_group": 4}, 9, 9),
+        ({"ratios": "fisher_pca", "gradient_group": 1}, 6, 9),
+        ({"ratios": "fisher_components", "gradient_group": 4}, 9, 9),
+        ({"ratios": "kl"}, 5, 5),  # two measurements in each layer
+    ],
+)
+def test_a_stage_that_judges_units_goes_on_where_it_was(settings, stopped_at, first, tmp_path):
+    config, folder = dataclasses.replace(FINE, **settings), tmp_path / "journal"
+    whole, rest = Passes(), Passes()
+    expected = estimate_ratios(make("gqa", layers=3), windows(12), config, whole)
+    with pytest.raises(Stop):
+        run_of_ratios(config, folder, Passes(stopped_at))
+    assert run_of_ratios(config, folder, rest) == expected
+    assert rest.done == [done for done in whole.done if done >= first]
+    assert not (folder / GRADIENTS).exists()
+
+
+def test_damaged_sums_are_taken_anew(tmp_path, caplog):
+    config, folder = dataclasses.replace(FINE, ratios="fisher", gradient_group=1), tmp_path / "journal"
+    expected = estimate_ratios(make("gqa", layers=3), windows(12), config)
+    with pytest.raises(Stop):
+        run_of_ratios(config, folder, Passes(9))
+    kept = {file: file.read_bytes() for file in files(folder / GRADIENTS)}
+    assert {file.name for file in kept} == {"SHA256SUMS", "arrays.npz", "facts.json"}
+    for file, whole in kept.items():
+        shutil.copytree(folder, tmp_path / file.name)
+        damaged = tmp_path / file.name / GRADIENTS / file.name
+        damaged.write_bytes(whole[: len(whole) // 2])
+        caplog.clear()
+        rest = Passes()
+        assert run_of_ratios(config, tmp_path / file.name, rest) == expected
+        assert rest.done[0] == 3
+        assert "that pass over the text begins again" in caplog.text
 
 
 def test_the_latest_two_states_are_kept_and_every_layer(stopped):
