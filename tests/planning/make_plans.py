@@ -20,8 +20,8 @@ What `intraslice plan` says of five models on three sets of devices: 128 calibra
 weights in bfloat16, 30 % removed, uniform ratios (`--preset fast`). Memory comes from steps that were compiled, for
 host devices, with the shapes that each device would have; **nothing here was run on these devices**. Their memory and
 peak rates are those of the data sheets, 40 % of the peak is assumed, and communication takes no time, so take the
-seconds as a lower bound; compiling comes on top. TPUs have no float64 and leave the solves to their hosts, which is most of
-their seconds. Neither the stage that estimates ratios nor the refinement is counted.
+seconds as a lower bound; compiling comes on top. TPUs have no float64 and leave the solves to their hosts, which is
+most of their seconds. Neither the stage that estimates ratios nor the refinement is counted.
 
 Each row is the first mesh and residency that fit:
 

@@ -6,10 +6,12 @@ FOLDER gets a float32 Llama of 26 MB per layer (16 layers by default) and what i
 afterwards.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+from tests.allocator import FREED_AT_ONCE
 from tests.tiny import tiny_config, tiny_text, tiny_weights, write_tiny_llama
 
 # The arrays that jax holds after each layer, and the most memory that the process had resident, in bytes.
@@ -52,9 +54,8 @@ def measure(folder: Path, layers: int, residency: str, *options: str) -> tuple[i
     """The most bytes in jax's arrays after a layer, and the most bytes resident, of one run."""
     arguments = ["prune", f"model{layers}", "-o", f"{layers}-{residency}", "--residency", residency, "--overwrite"]
     arguments += ["--calibration", "text", "--samples", "2", "--sequence-length", "32", "--preset", "fast", *options]
-    done = subprocess.run(
-        [sys.executable, "-c", _RUN, *arguments], cwd=folder, capture_output=True, text=True, check=False
-    )
+    command, environment = [sys.executable, "-c", _RUN, *arguments], os.environ | FREED_AT_ONCE
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr)
     live, peak = done.stdout.splitlines()[-1].split()
