@@ -164,19 +164,19 @@ def test_residency_does_not_change_a_bit(options, uninterrupted, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_real_model_killed_at_a_random_layer(smollm2_gguf, calibration_texts, tmp_path, capsys):
+def test_a_real_model_killed_and_resumed(smollm2_gguf, calibration_texts, tmp_path, capsys):
     text = tmp_path / "text"
     text.write_text((calibration_texts / "wiki.utf8").read_text(encoding="utf-8")[:20000], encoding="utf-8")
     small = ("--preset", "fast", "--samples", "2", "--sequence-length", "128")
     arguments = [str(smollm2_gguf), "--calibration", str(text), *small]
-    # Two runs that are both stopped behind layer 3, one of them before, too: a whole run would take minutes.
-    for name, stops in {"one": [int(np.random.default_rng().integers(1, 3)), 3], "other": [3]}.items():
+    # Two runs that are both stopped behind layer 2, one of them before, too: a whole run would take minutes.
+    for name, stops in {"one": [1, 2], "other": [2]}.items():
         for layer in stops:
             code, lines = run_until(layer, signal.SIGKILL, [*arguments, "-o", str(tmp_path / name), "--resume"])
             assert code == -signal.SIGKILL, lines
             assert any("going on behind layer" in line for line in lines) == (layer != stops[0])
     journals = [Journal(tmp_path / f"{name}.journal") for name in ("one", "other")]
-    for layer in range(3):
+    for layer in range(2):
         (one, facts), (other, expected) = (each.layer(layer) for each in journals)
         assert {**facts["record"], "seconds": 0} == {**expected["record"], "seconds": 0}
         assert set(one) == set(other)

@@ -3,7 +3,7 @@
     OUT.journal/
         run.json           what the run is of (`identity.run_identity`)
         NAME.json          facts, such as the ratios
-        NAME/              sums that grow during a pass over the text: arrays.npz, facts.json, SHA256SUMS
+        NAME/              sums that grow during a pass over the text: arrays.safetensors, facts.json, SHA256SUMS
         layers/00007/      a pruned layer: state/ (Orbax), facts.json, SHA256SUMS
         streams/00007/     likewise the residual stream behind it; the latest two are kept
 
@@ -26,6 +26,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 from orbax.checkpoint import v1 as ocp
+from safetensors.numpy import load_file, save_file
 
 from intraslice_jax.errors import InputError, RunError
 from intraslice_jax.io.atomic import flush, flush_one, write_bytes
@@ -103,8 +104,7 @@ class Journal:
         if problem is not None:
             log.warning("%s; that pass over the text begins again", problem)
             return None
-        with np.load(entry / "arrays.npz") as stored:
-            return dict(stored), _facts(entry)
+        return load_file(entry / "arrays.safetensors"), _facts(entry)
 
     def put_arrays(self, name: str, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
         """Keeps arrays that all processes have; the first writes them.
@@ -117,7 +117,7 @@ class Journal:
 
         def write(work: Path) -> None:
             if is_first():
-                np.savez(work / "arrays.npz", **arrays)
+                save_file(dict(arrays), work / "arrays.safetensors")
 
         self._write_entry(self._folder / name, write, facts)
 

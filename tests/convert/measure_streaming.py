@@ -58,7 +58,7 @@ def make_checkpoint(folder: Path, layers: int) -> int:
 def _random(plan: list[Planned]) -> Iterator[tuple[str, np.ndarray]]:
     rng = np.random.default_rng(0)
     for tensor in plan:
-        yield tensor.name, rng.standard_normal(tensor.shape, np.float32)
+        yield tensor.name, rng.random(tensor.shape, np.float32)
 
 
 def peak(folder: Path, arguments: list[str]) -> int:

@@ -172,7 +172,7 @@ def test_damaged_sums_are_taken_anew(tmp_path, caplog):
     with pytest.raises(Stop):
         run_of_ratios(config, folder, Passes(9))
     kept = {file: file.read_bytes() for file in files(folder / GRADIENTS)}
-    assert {file.name for file in kept} == {"SHA256SUMS", "arrays.npz", "facts.json"}
+    assert {file.name for file in kept} == {"SHA256SUMS", "arrays.safetensors", "facts.json"}
     for file, whole in kept.items():
         shutil.copytree(folder, tmp_path / file.name)
         damaged = tmp_path / file.name / GRADIENTS / file.name

@@ -111,11 +111,10 @@ def test_one_window_cannot_be_split():
     assert "split" in kept.notes["iterative"]["reason"]
 
 
-@pytest.mark.parametrize(("gated", "bias"), [(True, False), (False, True)])
-def test_only_inner_layers_try_mixtures(gated, bias):
+def test_only_inner_layers_try_mixtures():
     records = []
     config = PruneConfig(sparsity=0.5, iterative="always", align=4)
-    pruned = prune_model(model(gated=gated, bias=bias), windows(), config, records.append)
+    pruned = prune_model(model(gated=False, bias=True), windows(), config, records.append)
     tried = ["iterative" in record.notes["mlp"] for record in records]
     assert tried == [False, False, True, True, False, False]
     assert np.isfinite(np.asarray(pruned.decoder(jnp.asarray(windows(1))))).all()
