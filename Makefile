@@ -21,7 +21,7 @@ demo: $(VENV)/.demo  ## prune a real 135M model on this machine; results in runs
 	$(BIN)/intraslice demo --overwrite
 
 test: $(VENV)/.test  ## run the tests
-	$(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(VENV)/.test  ## ruff (lint and format) and pyright
 	$(BIN)/ruff check

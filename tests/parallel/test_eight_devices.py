@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 FILE = Path(__file__).with_name("eight_devices.py")
 
 
+@pytest.mark.slow
 def test_on_eight_devices():
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8"}
     environment.pop("PYTEST_ADDOPTS", None)

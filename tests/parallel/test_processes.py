@@ -46,6 +46,7 @@ def finish(processes: list[subprocess.Popen], timeout: float = 240) -> list[tupl
     return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
 
 
+@pytest.mark.slow
 def test_two_processes_killed_and_continued_write_the_checkpoint_of_one(tmp_path):
     model = write_tiny_llama(tmp_path / "model")
     (tmp_path / "text").write_text(tiny_text())
