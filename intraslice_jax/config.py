@@ -249,6 +249,8 @@ class PruneConfig:
         iterative: learned mixtures of MLP channels: `never`, `always`, or `auto` for MLPs that keep few channels.
         selection: how MLP channels are chosen: `energy` (the paper's) by their own share of the output, `obs` one by
             one, each time the one that the others replace best.
+        selection_noise: how much less the others can replace a channel, with selection `obs`, than the calibration text
+            shows: a fraction of each channel's second moment that is taken for noise of its own.
         value_basis: directions of the value heads that stay: of the greatest variance (`activations`, the paper's) or
             of the greatest effect on the module's output (`outputs`).
         pair_selection: how RoPE pairs are chosen: `products` (the paper's) by the mean |q k| of one position, `logits`
@@ -274,6 +276,7 @@ class PruneConfig:
     damping: float = 0.01
     iterative: Literal["never", "auto", "always"] = "auto"
     selection: Literal["energy", "obs"] = "energy"
+    selection_noise: float = 0.0
     value_basis: Literal["activations", "outputs"] = "activations"
     pair_selection: Literal["products", "logits"] = "products"
     refine: int = 0
@@ -300,6 +303,8 @@ class PruneConfig:
             raise InputError(f"layout must be ragged or uniform, found {self.layout!r}")
         if self.selection not in ("energy", "obs"):
             raise InputError(f"selection must be energy or obs, found {self.selection!r}")
+        if self.selection_noise < 0:
+            raise InputError(f"selection_noise must be 0 or more, found {self.selection_noise}; 0.3 is a fair amount")
         if self.value_basis not in ("activations", "outputs"):
             raise InputError(f"value_basis must be activations or outputs, found {self.value_basis!r}")
         if self.pair_selection not in ("products", "logits"):

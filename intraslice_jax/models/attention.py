@@ -98,8 +98,8 @@ def attend_causally(
     chunk = max(128, -(-seq // 8))
     if one_cpu():
         return attend_by_head(q, k, v, query_to_kv, scale, sliding_window, max(256, chunk))
-    if fused_kernel(q, k, v, query_to_kv):
-        return attend_fused(q, k, v, scale, sliding_window, "cudnn")
+    if fused_kernel(q, v):
+        return attend_fused(q, k, v, query_to_kv, scale, sliding_window, "cudnn")
     outputs = []
     for start in range(0, seq, chunk):
         stop = min(start + chunk, seq)
@@ -112,13 +112,10 @@ def attend_causally(
     return jnp.concatenate(outputs, 1)
 
 
-def fused_kernel(q: Array, k: Array, v: Array, query_to_kv: tuple[int, ...]) -> bool:
-    """Whether cuDNN's FlashAttention takes these shapes: half precision, equal widths, groups of equal size."""
-    heads, kv, width = q.shape[2], k.shape[2], q.shape[3]
-    even = all(query_to_kv.count(j) * kv == heads for j in range(kv))
+def fused_kernel(q: Array, v: Array) -> bool:
+    """Whether cuDNN's FlashAttention can do it: half precision, heads that are not too wide, an even length."""
     half = q.dtype in (jnp.bfloat16, jnp.float16)
-    fits = width == v.shape[3] and width % 8 == 0 and width <= 128
-    return even and half and fits and has_fused_kernel()
+    return half and max(q.shape[3], v.shape[3]) <= 128 and q.shape[1] % 2 == 0 and has_fused_kernel()
 
 
 @functools.cache
@@ -128,25 +125,37 @@ def has_fused_kernel() -> bool:
         return False
     some = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)
     try:
-        jax.jit(lambda q, k, v: attend_fused(q, k, v, 1.0, 64, "cudnn")).lower(some, some, some).compile()
+        jax.jit(lambda q, k, v: attend_fused(q, k, v, (0, 1), 1.0, 64, "cudnn")).lower(some, some, some).compile()
     except Exception:  # an old GPU or no cuDNN: whatever it is, the products below do the same
         return False
     return True
 
 
 def attend_fused(
-    q: Float[Array, "batch seq heads width"],
-    k: Float[Array, "batch seq kv width"],
-    v: Float[Array, "batch seq kv width"],
+    q: Float[Array, "batch seq heads qk"],
+    k: Float[Array, "batch seq kv qk"],
+    v: Float[Array, "batch seq kv v"],
+    query_to_kv: tuple[int, ...],
     scale: float,
     sliding_window: int | None,
     implementation: Literal["cudnn", "xla"],
-) -> Float[Array, "batch seq heads width"]:
-    """`attend_causally` for shapes that `fused_kernel` allows."""
+) -> Float[Array, "batch seq heads v"]:
+    """`attend_causally` by a kernel for groups of one size and heads of one width, a multiple of 8.
+
+    Heads are filled up with zeros to such a width; where groups are ragged, every query head gets its own copy of its
+    key and value head.
+    """
+    heads, kv, width = q.shape[2], k.shape[2], v.shape[3]
+    if any(query_to_kv.count(j) * kv != heads for j in range(kv)):
+        to_kv = jnp.asarray(query_to_kv)
+        k, v = k[:, :, to_kv], v[:, :, to_kv]
+    common = -(-max(q.shape[3], width) // 8) * 8
+    q, k, v = (jnp.pad(a, ((0, 0), (0, 0), (0, 0), (0, common - a.shape[3]))) for a in (q, k, v))
     window = None if sliding_window is None else (sliding_window - 1, 0)
-    return jax.nn.dot_product_attention(
+    out = jax.nn.dot_product_attention(
         q, k, v, scale=scale, is_causal=True, local_window_size=window, implementation=implementation
     )
+    return out[..., :width]
 
 
 def attend(

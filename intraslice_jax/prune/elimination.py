@@ -16,14 +16,22 @@ _BLOCK = 32
 
 
 def inverse_moment(
-    moments: GramMoments, tokens: int, damping: float, affine: bool
+    moments: GramMoments, tokens: int, damping: float, affine: bool, noise: float = 0.0
 ) -> Float[Array, "channels channels"]:
-    """Inverse of the damped second moment, about the mean if `affine`; float64."""
+    """Inverse of the damped second moment, about the mean if `affine`; float64.
+
+    Args:
+        moments: of all channels.
+        tokens: how many tokens the moments sum over.
+        damping: relative to the mean of the second moment's diagonal.
+        affine: a bias absorbs the mean.
+        noise: by which fraction of its own second moment each channel is to be less predictable than the text shows.
+    """
     gram = to_solver(moments.gram)
     if affine:
         total = to_solver(moments.total)
         gram = centred(gram, total, total, tokens)
-    return inverse_gram(gram, damping)
+    return inverse_gram(gram + noise * jnp.diag(jnp.diagonal(gram)), damping)
 
 
 class Eliminated(NamedTuple):

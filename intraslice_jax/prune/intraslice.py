@@ -78,13 +78,14 @@ class IntraSlice:
     @stage("MLP solves")
     def prune_mlp(self, layer: MLPCalibration, keep: int) -> PrunedMLP:
         """Channel selection and compensation, or learned mixtures where they are wanted and better."""
-        arrays, moments, damping = layer.arrays, layer.moments, layer.config.damping
+        arrays, moments, config = layer.arrays, layer.moments, layer.config
+        damping = config.damping
         if mesh_of(moments) is not None:
-            plain = fuse_mlp_on_mesh(arrays, moments, layer.tokens, keep, damping, layer.config.selection)
+            plain = fuse_mlp_on_mesh(arrays, moments, layer.tokens, keep, damping, config.selection)
         else:
             with solver_precision():
-                if layer.config.selection == "obs":
-                    kept = eliminate(arrays, moments, layer.tokens, keep, damping)
+                if config.selection == "obs":
+                    kept = eliminate(arrays, moments, layer.tokens, keep, damping, config.selection_noise)
                 else:
                     kept = select_channels(moments.gram, arrays["down_proj"], keep)
                 plain = fuse_mlp(arrays, moments, layer.tokens, kept, damping)

@@ -38,11 +38,11 @@ def select_channels(
 
 
 def eliminate(
-    arrays: Mapping[str, Array], moments: GramMoments, tokens: int, keep: int, damping: float
+    arrays: Mapping[str, Array], moments: GramMoments, tokens: int, keep: int, damping: float, noise: float
 ) -> Int[np.ndarray, " keep"]:
     """The channels left when those that the others replace best leave one by one, ascending (docs/method.md 6.1)."""
     down = to_solver(arrays["down_proj"])
-    inverse = inverse_moment(moments, tokens, damping, "down_bias" in arrays)
+    inverse = inverse_moment(moments, tokens, damping, "down_bias" in arrays, noise)
     left = eliminate_channels(inverse, down, jnp.asarray(len(down) - keep, jnp.int32))
     return np.flatnonzero(np.asarray(left.stays))
 

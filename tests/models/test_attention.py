@@ -55,26 +55,25 @@ def test_bfloat16():
 
 @pytest.mark.usefixtures("elsewhere")
 @pytest.mark.parametrize("window", [None, 7])
-def test_the_fused_call_means_the_same(window):
-    q, k, v = inputs(GROUPS["even"], 37)
-    v = jnp.concatenate([v, v[..., :1]], -1)
-    expected = attention.attend_causally(q, k, v, GROUPS["even"], 0.3, window)
-    np.testing.assert_allclose(attention.attend_fused(q, k, v, 0.3, window, "xla"), expected, atol=2e-6)
+@pytest.mark.parametrize("groups", GROUPS)
+def test_the_fused_call_means_the_same(groups, window):
+    given = inputs(GROUPS[groups], 37)
+    expected = attention.attend_causally(*given, GROUPS[groups], 0.3, window)
+    found = attention.attend_fused(*given, GROUPS[groups], 0.3, window, "xla")
+    np.testing.assert_allclose(found, expected, atol=2e-6)
 
 
 def test_the_fused_kernel_takes_what_it_can(monkeypatch):
-    def allowed(query_to_kv, qk=64, v=64, dtype=jnp.bfloat16):
-        kv = max(query_to_kv) + 1
-        shapes = ((len(query_to_kv), qk), (kv, qk), (kv, v))
-        return attention.fused_kernel(*(jnp.zeros((1, 4, *s), dtype) for s in shapes), query_to_kv)
+    def allowed(qk=52, v=56, dtype=jnp.bfloat16, seq=4):
+        return attention.fused_kernel(*(jnp.zeros((1, seq, 3, width), dtype) for width in (qk, v)))
 
-    assert not allowed(GROUPS["even"])  # this is a CPU
+    assert not allowed()  # this is a CPU
     monkeypatch.setattr(attention, "has_fused_kernel", lambda: True)
-    assert allowed(GROUPS["even"])
-    assert not allowed(GROUPS["ragged"])
-    assert not allowed(GROUPS["even"], dtype=jnp.float32)
-    assert not allowed(GROUPS["even"], v=56)
-    assert not allowed(GROUPS["even"], qk=52, v=52)
+    assert allowed()
+    assert not allowed(dtype=jnp.float32)
+    assert not allowed(qk=132)
+    assert not allowed(v=132)
+    assert not allowed(seq=3)
 
 
 def test_a_kernel_that_does_not_compile_is_not_used(monkeypatch):
