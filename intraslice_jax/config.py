@@ -249,8 +249,9 @@ class PruneConfig:
         iterative: learned mixtures of MLP channels: `never`, `always`, or `auto` for MLPs that keep few channels.
         selection: how MLP channels are chosen: `energy` (the paper's) by their own share of the output, `obs` one by
             one, each time the one that the others replace best.
-        selection_noise: how much less the others can replace a channel, with selection `obs`, than the calibration text
-            shows: a fraction of each channel's second moment that is taken for noise of its own.
+        selection_noise: with selection `obs`, the fraction of each channel's second moment that counts as noise of its
+            own, which no other channel can replace: 0 trusts the correlations of the calibration text, a very large
+            number gives the choice of `energy`.
         value_basis: directions of the value heads that stay: of the greatest variance (`activations`, the paper's) or
             of the greatest effect on the module's output (`outputs`).
         pair_selection: how RoPE pairs are chosen: `products` (the paper's) by the mean |q k| of one position, `logits`

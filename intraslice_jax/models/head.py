@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,23 +35,44 @@ def token_nll(
     return _by_rows(_token_nll, decoder, hidden, targets)
 
 
+class Predictions(NamedTuple):
+    """A next-token distribution p at each position, as far as divergences from it need it.
+
+    Attributes:
+        hidden: behind the final norm.
+        expected: the mean row of the head under p, float32.
+        total: log of the sum of the exponentiated logits, float32.
+    """
+
+    hidden: Float[Array, "batch seq hidden"]
+    expected: Float[Array, "batch seq hidden"]
+    total: Float[Array, "batch seq"]
+
+
+def predictions(decoder: Decoder, hidden: Float[Array, "batch seq hidden"]) -> Predictions:
+    """What the head makes of hidden states behind the final norm."""
+    return Predictions(hidden, *_by_rows(_predictions, decoder, hidden))
+
+
 def token_kl(
-    decoder: Decoder, hidden: Float[Array, "batch seq hidden"], other: Float[Array, "batch seq hidden"]
+    decoder: Decoder, reference: Predictions, other: Float[Array, "batch seq hidden"]
 ) -> Float[Array, "batch seq"]:
-    """KL divergence of the next-token distribution under `other` from that under `hidden`, in nats, float32.
+    """KL divergence of the next-token distribution under `other` from the reference, in nats, float32.
+
+    With p at h and q at h' it is (h - h')^T E_p[head row] - log Z(h) + log Z(h'): one product with the head.
 
     Args:
         decoder: whose head is applied to both.
-        hidden: behind the final norm, of the reference.
+        reference: of the same head.
         other: behind the final norm, of what is judged.
     """
-    return _by_rows(_token_kl, decoder, hidden, other)
+    return _by_rows(_token_kl, decoder, *reference, other)
 
 
 def token_kl_gradient(
     decoder: Decoder, hidden: Float[Array, "batch seq hidden"], other: Float[Array, "batch seq hidden"]
 ) -> tuple[Float[Array, "batch seq"], Float[Array, "batch seq hidden"]]:
-    """`token_kl`, and the gradient of each token's divergence with respect to its row of `other`; float32."""
+    """`token_kl` from the one to the other, and each token's gradient with respect to its row of `other`; float32."""
     return _by_rows(_token_kl_gradient, decoder, hidden, other)
 
 
@@ -90,7 +111,7 @@ def _on_mesh(function: Callable[..., Any], mesh: Mesh, head: Array, bias: Array 
 
 @jax.custom_vjp
 def _chunked_nll(head: Array, bias: Array | None, hidden: Array, targets: Array) -> Array:
-    def chunk_nll(chunk: tuple[Array, Array]) -> Array:
+    def chunk_nll(chunk: tuple[Array, ...]) -> Array:
         states, ids = chunk
         logits = _logits(head, bias, states)
         chosen = jnp.take_along_axis(logits, ids[:, None], 1)[:, 0]
@@ -102,13 +123,12 @@ def _chunked_nll(head: Array, bias: Array | None, hidden: Array, targets: Array)
 def _token_nll_forward(head: Array, bias: Array | None, hidden: Array, targets: Array) -> tuple[Array, Array]:
     """The losses, and what each one's gradient is with respect to its hidden state."""
 
-    def chunk_nll(chunk: tuple[Array, Array]) -> tuple[Array, Array]:
+    def chunk_nll(chunk: tuple[Array, ...]) -> tuple[Array, Array]:
         states, ids = chunk
         logits = _logits(head, bias, states)
         total = jax.nn.logsumexp(logits, 1)
         chosen = jnp.take_along_axis(logits, ids[:, None], 1)[:, 0]
-        likely = jnp.exp(logits - total[:, None]).astype(head.dtype)
-        expected = jnp.einsum("nv,vd->nd", likely, head, preferred_element_type=jnp.float32)
+        expected = _mean_row(head, jnp.exp(logits - total[:, None]))
         return total - chosen, expected - head[ids].astype(jnp.float32)
 
     nll, gradient = _by_chunks(chunk_nll, targets.shape, hidden, targets)
@@ -125,25 +145,37 @@ _token_nll = jax.jit(_chunked_nll)
 
 
 @jax.jit
-def _token_kl(head: Array, bias: Array | None, hidden: Array, other: Array) -> Array:
-    return _token_kl_gradient(head, bias, hidden, other)[0]
+def _predictions(head: Array, bias: Array | None, hidden: Array) -> tuple[Array, Array]:
+    def chunk_predictions(chunk: tuple[Array, ...]) -> tuple[Array, Array]:
+        logits = _logits(head, bias, chunk[0])
+        total = jax.nn.logsumexp(logits, 1)
+        return _mean_row(head, jnp.exp(logits - total[:, None])), total
+
+    return _by_chunks(chunk_predictions, hidden.shape[:2], hidden)
+
+
+@jax.jit
+def _token_kl(head: Array, bias: Array | None, hidden: Array, expected: Array, total: Array, other: Array) -> Array:
+    def chunk_total(chunk: tuple[Array, ...]) -> Array:
+        return jax.nn.logsumexp(_logits(head, bias, chunk[0]), 1)
+
+    less = hidden.astype(jnp.float32) - other.astype(jnp.float32)
+    return jnp.sum(less * expected, -1) - total + _by_chunks(chunk_total, total.shape, other)
 
 
 @jax.jit
 def _token_kl_gradient(head: Array, bias: Array | None, hidden: Array, other: Array) -> tuple[Array, Array]:
-    def chunk_kl(chunk: tuple[Array, Array]) -> tuple[Array, Array]:
+    def chunk_kl(chunk: tuple[Array, ...]) -> tuple[Array, Array]:
         reference, judged = (jax.nn.log_softmax(_logits(head, bias, states), 1) for states in chunk)
         likely = jnp.exp(reference)
-        excess = (jnp.exp(judged) - likely).astype(head.dtype)
-        gradient = jnp.einsum("nv,vd->nd", excess, head, preferred_element_type=jnp.float32)
-        return jnp.sum(likely * (reference - judged), 1), gradient
+        return jnp.sum(likely * (reference - judged), 1), _mean_row(head, jnp.exp(judged) - likely)
 
     return _by_chunks(chunk_kl, hidden.shape[:2], hidden, other)
 
 
 @jax.jit
 def _token_scores(head: Array, bias: Array | None, hidden: Array, targets: Array) -> tuple[Array, Array]:
-    def chunk_scores(chunk: tuple[Array, Array]) -> tuple[Array, Array]:
+    def chunk_scores(chunk: tuple[Array, ...]) -> tuple[Array, Array]:
         states, ids = chunk
         logits = _logits(head, bias, states)
         chosen = jnp.take_along_axis(logits, ids[:, None], 1)[:, 0]
@@ -157,7 +189,11 @@ def _logits(head: Array, bias: Array | None, states: Float[Array, "tokens hidden
     return logits if bias is None else logits + bias.astype(jnp.float32)[None]
 
 
-def _by_chunks(function: Callable[[tuple[Array, Array]], Any], shape: tuple[int, ...], *arrays: Array) -> Any:
+def _mean_row(head: Array, weights: Float[Array, "tokens vocab"]) -> Float[Array, "tokens hidden"]:
+    return jnp.einsum("nv,vd->nd", weights.astype(head.dtype), head, preferred_element_type=jnp.float32)
+
+
+def _by_chunks(function: Callable[[tuple[Array, ...]], Any], shape: tuple[int, ...], *arrays: Array) -> Any:
     """What a function gives per token, in this shape, from arrays with this shape in front."""
     tokens = math.prod(shape)
     size = min(CHUNK, tokens)

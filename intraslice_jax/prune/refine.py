@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from intraslice_jax.calibrate.gradients import OnBatch
 from intraslice_jax.model import LanguageModel
 from intraslice_jax.models.decoder import Block, Decoder, decoder_from_arrays, decoder_to_arrays, run_block
-from intraslice_jax.models.head import token_kl, token_kl_gradient
+from intraslice_jax.models.head import predictions, token_kl, token_kl_gradient
 from intraslice_jax.models.rope import RopeTable
 from intraslice_jax.parallel.batches import even_batches
 from intraslice_jax.parallel.mesh import ways
@@ -157,7 +157,7 @@ def _divergence(decoder: Decoder, layers: Sequence[_Layer], batches: Sequence[_B
         x = decoder.embed(batch.tokens)
         for layer in layers:
             x = run_block(layer.whole, x, rope)
-        kl = to_host(token_kl(decoder, batch.dense, decoder.norm(x)))[: batch.real]
+        kl = to_host(token_kl(decoder, predictions(decoder, batch.dense), decoder.norm(x)))[: batch.real]
         sums, windows = sums + float(kl.mean(1, dtype=np.float64).sum()), windows + batch.real
     return sums / windows
 

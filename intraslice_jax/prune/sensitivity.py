@@ -14,7 +14,7 @@ from intraslice_jax.calibrate.gradients import OnBatch
 from intraslice_jax.config import PruneConfig
 from intraslice_jax.model import LanguageModel
 from intraslice_jax.models.decoder import Block, block_from_arrays, decoder_to_arrays, run_block
-from intraslice_jax.models.head import token_kl
+from intraslice_jax.models.head import Predictions, predictions, token_kl
 from intraslice_jax.parallel.mesh import ways
 from intraslice_jax.parallel.placement import gathered, mesh_of, put_batch, to_host
 from intraslice_jax.prune.allocation import allocate_by_curves
@@ -158,15 +158,15 @@ class _Tail:
     layer: int
     x: Float[Array, "batch seq hidden"]
     positions: Int[np.ndarray, " judged"]
-    final: Float[Array, "batch judged hidden"]
+    predicted: Predictions
 
     @classmethod
     def start(cls, model: LanguageModel, windows: np.ndarray) -> _Tail:
         tokens = put_batch(windows.astype(np.int32), mesh_of(model.decoder))
         count, seq = windows.shape
         positions = np.unique(np.linspace(0, seq - 1, max(1, min(JUDGED // count, seq))).round().astype(np.int32))
-        final = model.decoder.hidden_states(tokens)[:, positions]
-        return cls(model, 0, model.decoder.embed(tokens), positions, final)
+        predicted = predictions(model.decoder, model.decoder.hidden_states(tokens)[:, positions])
+        return cls(model, 0, model.decoder.embed(tokens), positions, predicted)
 
     def advance(self) -> None:
         """Goes on to the next layer."""
@@ -178,7 +178,7 @@ class _Tail:
         decoder, x = self.model.decoder, run_block(block, self.x, self._rope)
         for later in range(self.layer + 1, len(decoder.layers)):
             x = run_block(gathered(decoder.layers[later]), x, self._rope)
-        divergence = token_kl(decoder, self.final, decoder.norm(x[:, self.positions]))
+        divergence = token_kl(decoder, self.predicted, decoder.norm(x[:, self.positions]))
         return float(to_host(divergence).mean(dtype=np.float64))
 
     @property

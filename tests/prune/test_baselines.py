@@ -158,9 +158,10 @@ def test_output_biases_change_nothing_by_themselves(flavour):
         assert biased.config == model.config
 
 
-def brute_force(x, w, groups, damping, steps):
+def brute_force(x, w, groups, damping, steps, noise=0.0):
     """Backward elimination: each time every remaining group is tried, all kept weights refitted by lstsq."""
-    ridge = np.sqrt(damping * np.mean(np.sum(x**2, 0))) * np.eye(x.shape[1])
+    own = np.sum(x**2, 0)
+    ridge = np.diag(np.sqrt(noise * own + damping * (1 + noise) * np.mean(own)))
     stacked = np.concatenate([x, ridge])
     kept = list(range(len(groups)))
 
@@ -185,13 +186,14 @@ def moments(x):
     return GramMoments(jnp.asarray(x.T @ x, jnp.float32), jnp.asarray(x.sum(0), jnp.float32))
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.5])
 @pytest.mark.parametrize(("channels", "count"), [(12, 5), (12, 11), (40, 33)])
-def test_obs_on_channels_is_exact_backward_elimination(channels, count):
+def test_obs_on_channels_is_exact_backward_elimination(channels, count, noise):
     rng = np.random.default_rng(channels + count)
     x, w = activations(rng, 200, channels), rng.standard_normal((channels, 7))
-    kept, expected = brute_force(x, w, [[j] for j in range(channels)], 0.01, count)
+    kept, expected = brute_force(x, w, [[j] for j in range(channels)], 0.01, count, noise)
     with solver_precision():
-        inverse = elimination.inverse_moment(moments(x), len(x), 0.01, affine=False)
+        inverse = elimination.inverse_moment(moments(x), len(x), 0.01, affine=False, noise=noise)
         left = elimination.eliminate_channels(inverse, jnp.asarray(w), jnp.asarray(count, jnp.int32))
         assert np.flatnonzero(np.asarray(left.stays)).tolist() == kept
         np.testing.assert_allclose(np.asarray(left.weights), expected, rtol=1e-3, atol=1e-4)

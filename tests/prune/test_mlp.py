@@ -7,11 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from intraslice_jax.calibrate.statistics import GramMoments
 from intraslice_jax.config import PruneConfig
 from intraslice_jax.models.decoder import block_from_arrays, decoder_to_arrays
 from intraslice_jax.prune.calibration import MLPCalibration, ResidualStream
 from intraslice_jax.prune.intraslice import IntraSlice
-from intraslice_jax.prune.mlp import select_channels
+from intraslice_jax.prune.linalg import solver_precision
+from intraslice_jax.prune.mlp import eliminate, select_channels
 from intraslice_jax.prune.pipeline import prune_model
 from tests.prune import reference
 from tests.prune.flavours import make, windows, with_arrays
@@ -131,6 +133,18 @@ def test_a_bfloat16_module_is_solved_in_float64():
     pruned, block, *_ = prune_first_mlp(model, 16)
     assert np.asarray(pruned.arrays["down_proj"]).dtype == np.float64
     assert block.mlp.down_proj[...].dtype == jnp.bfloat16
+
+
+def test_with_nothing_but_noise_elimination_is_selection_by_energy():
+    z, rng = np.random.default_rng(0).standard_normal((40, 12)), np.random.default_rng(1)
+    z = z @ rng.standard_normal((12, 12))
+    down = jnp.asarray(rng.standard_normal((12, 5)), jnp.float32)
+    moments = GramMoments(jnp.asarray(z.T @ z, jnp.float32), jnp.asarray(z.sum(0), jnp.float32))
+    with solver_precision():
+        found = {noise: eliminate({"down_proj": down}, moments, 40, 5, 0.0, noise).tolist() for noise in (0.0, 1e6)}
+    by_energy = select_channels(moments.gram, down, 5).tolist()
+    assert found[1e6] == by_energy
+    assert found[0.0] != by_energy
 
 
 @pytest.mark.parametrize("flavour", ["gqa", "phi"])
