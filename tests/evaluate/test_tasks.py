@@ -6,8 +6,10 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 
+import intraslice_jax as isl
 from intraslice_jax.cli import main
 from intraslice_jax.errors import InputError
 from tests.conftest import ROOT
@@ -68,6 +70,20 @@ def test_log_likelihoods_are_those_of_the_pytorch_class(ours, reference):
     for (value, greedy), (wanted_value, wanted_greedy) in zip(found, wanted, strict=True):
         assert value == pytest.approx(wanted_value, abs=1e-3)
         assert greedy == wanted_greedy
+
+
+@pytest.mark.slow
+def test_a_real_model_answers_like_the_pytorch_class(smollm2_gguf, calibration_texts, tmp_path):
+    huggingface = pytest.importorskip("lm_eval.models.huggingface", reason="accelerate or torch is not installed")
+    text = (calibration_texts / "technical.utf8").read_text(encoding="utf-8")
+    words = [text[start : start + 500].split(" ") for start in range(1000, 49_000, 4000)]
+    pairs = [(" ".join(few[1:-12]), f" {' '.join(few[-12:-4])}") for few in words]
+    isl.export(isl.load(smollm2_gguf), tmp_path / "hf")
+    theirs = huggingface.HFLM(pretrained=str(tmp_path / "hf"), device="cpu", batch_size=8, dtype="float32")
+    wanted = theirs.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
+    found = IntraSliceLM(str(smollm2_gguf)).loglikelihood(requests("loglikelihood", pairs))
+    np.testing.assert_allclose([value for value, _ in found], [value for value, _ in wanted], atol=1e-3)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
 
 
 def test_rolling_log_likelihoods_are_those_of_the_pytorch_class(ours, reference, capsys):
