@@ -30,6 +30,9 @@ JUDGED = 1024
 """Tokens at which predictions are compared, spread evenly over the held-out windows: the head costs more than all
 layers of a small model."""
 
+CONTEXT = 512
+"""Tokens of a held-out window that are read: what is lost shows there, and the layers behind are run for each module."""
+
 MEASURED = "divergences"
 """What a run's log calls the costs of its first layers."""
 
@@ -162,6 +165,7 @@ class _Tail:
 
     @classmethod
     def start(cls, model: LanguageModel, windows: np.ndarray) -> _Tail:
+        windows = windows[:, :CONTEXT]
         tokens = put_batch(windows.astype(np.int32), mesh_of(model.decoder))
         count, seq = windows.shape
         positions = np.unique(np.linspace(0, seq - 1, max(1, min(JUDGED // count, seq))).round().astype(np.int32))
