@@ -33,7 +33,9 @@ def solver_precision() -> Iterator[None]:
 
 
 def to_solver(array: Array | np.ndarray) -> Float[Array, "..."]:
-    """A copy in the solver's dtype; call it inside `solver_precision`."""
+    """A copy in the solver's dtype and on its device; call it inside `solver_precision`."""
+    if isinstance(array, jax.Array) and array.devices() == {jax.config.jax_default_device}:
+        return jnp.array(array, jnp.float64)  # large moments need not go through the host
     return jnp.asarray(np.asarray(array).astype(np.float64))
 
 
