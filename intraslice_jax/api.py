@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from intraslice_jax import convert
 from intraslice_jax.calibrate import data
-from intraslice_jax.config import DEFAULT_PRESET, CalibrationConfig, PruneConfig
+from intraslice_jax.config import CalibrationConfig, PruneConfig, default_preset
 from intraslice_jax.config import preset as named_preset
 from intraslice_jax.convert.assemble import DTYPES
 from intraslice_jax.errors import InputError
@@ -106,7 +106,7 @@ def prune(
     text: str,
     sparsity: float = 0.3,
     *,
-    preset: Literal["fast", "paper", "quality"] = DEFAULT_PRESET,
+    preset: Literal["fast", "paper", "quality"] | None = None,
     samples: int = 128,
     sequence_length: int = 2048,
     seed: int = 0,
@@ -122,7 +122,7 @@ def prune(
         text: calibration text, of the kind that the model will see.
         sparsity: fraction of the attention and MLP parameters of the decoder layers to remove, in [0, 1).
         preset: settings to begin with, which `**settings` change: `fast` does the least, `paper` is the paper's
-            method, `quality` the best that is known.
+            method, `quality` the best that is known. None is `quality`, or `fast` for the `method` of a baseline.
         samples: number of calibration windows, drawn at random positions of the text.
         sequence_length: tokens per window.
         seed: seed of the windows' positions.
@@ -146,7 +146,8 @@ def prune(
     for name in settings:
         if name not in known:
             raise InputError(f"prune has no setting {name!r}; {closest(name, known)}")
-    config = dataclasses.replace(named_preset(preset), sparsity=sparsity, **settings)
+    name = preset or default_preset(settings.get("method", PruneConfig.method))
+    config = dataclasses.replace(named_preset(name), sparsity=sparsity, **settings)
     calibrate = CalibrationConfig(samples=samples, sequence_length=sequence_length, seed=seed)
     if journal is None:
         return prune_calibrated(model, text, config, calibrate, on_layer, on_batch)
@@ -184,7 +185,7 @@ def prune_calibrated(
 def perplexity(
     model: LanguageModel,
     text: str,
-    sequence_length: int = 2048,
+    sequence_length: int | None = None,
     *,
     windows: int | None = None,
     batch_size: int = 0,
@@ -195,7 +196,8 @@ def perplexity(
     Args:
         model: dense or pruned.
         text: what to predict.
-        sequence_length: tokens per window; compare only perplexities of the same length.
+        sequence_length: tokens per window, None for 2,048 or the model's context if that is shorter; compare only
+            perplexities of the same length.
         windows: how many windows from the start of the text, None for all.
         batch_size: windows per step, 0 to choose it.
         on_batch: called with the windows done and their number.
@@ -203,7 +205,8 @@ def perplexity(
     Raises:
         InputError: the text has fewer tokens than one window.
     """
-    found = text_windows(model, text, sequence_length, windows)
+    length = sequence_length or min(2048, model.config.max_position_embeddings)
+    found = text_windows(model, text, length, windows)
     return measure_perplexity(model, found, batch_size, on_batch).perplexity
 
 
@@ -223,7 +226,7 @@ def check_length(model: LanguageModel, sequence_length: int) -> None:
     if sequence_length > context:
         raise InputError(
             f"sequence_length {sequence_length} is longer than the context of {model.name}, {context} tokens; "
-            f"pass --sequence-length {context} or less"
+            f"the sequence length (--sequence-length) must be {context} or less"
         )
 
 

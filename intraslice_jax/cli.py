@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.metadata
 import importlib.util
+import logging
 import os
 import pkgutil
 import signal
@@ -23,7 +25,7 @@ from typing import Any
 
 from intraslice_jax import commands
 from intraslice_jax.commands import _arguments as arguments
-from intraslice_jax.config import DEFAULT_PRESET, preset
+from intraslice_jax.config import PruneConfig, default_preset, preset
 from intraslice_jax.errors import InputError, RunError
 from intraslice_jax.io.atomic import journal_of
 from intraslice_jax.settings import load_settings, with_defaults
@@ -36,6 +38,9 @@ def main(args: Sequence[str] | None = None) -> int:
         args: the arguments behind the program's name; None takes those of the process.
     """
     given = list(sys.argv[1:] if args is None else args)
+    if given == ["--version"]:
+        print(f"intraslice {importlib.metadata.version('intraslice-jax')}")
+        return 0
     name = "intraslice"
     output: Path | None = None
     try:
@@ -48,7 +53,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except InputError as error:
         return _fail(name, error, 2)
     except KeyboardInterrupt:
-        kept = f"{output} is as it was before" if output else "nothing was written"
+        kept = "nothing was written"
+        if output is not None:
+            kept = f"{output} is as it was before" if output.exists() else f"{output} was not written"
         return _fail(name, f"interrupted; {kept}; {_again(name, output) or 'the same command starts again'}", 1)
     except BrokenPipeError:  # whoever reads our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -84,8 +91,9 @@ def _parse(given: list[str], modules: dict[str, ModuleType]) -> tuple[str, Any]:
         config = arguments.config_file(given, getattr(modules[command], "DEFAULT_CONFIG", None))
         read = {} if config is None else load_settings(config, options[command])
         if "preset" in {field.name for field in dataclasses.fields(options[command])}:
-            name = arguments.value_of("--preset", given) or read.get("preset", DEFAULT_PRESET)
-            options[command] = with_defaults(options[command], {"prune": preset(name)})
+            method = arguments.value_of("--method", given) or read.get("prune", PruneConfig).method
+            name = arguments.value_of("--preset", given) or read.get("preset", default_preset(method))
+            options[command] = with_defaults(options[command], {"preset": name, "prune": preset(name)})
             read = {} if config is None else load_settings(config, options[command])
         if read:
             options[command] = with_defaults(options[command], read)
@@ -95,6 +103,7 @@ def _parse(given: list[str], modules: dict[str, ModuleType]) -> tuple[str, Any]:
 
 def _prepare_process() -> None:
     """Settings that must precede the import of jax and transformers; the user's own are kept."""
+    logging.basicConfig(format="%(message)s")  # before a library has its own way
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "intraslice" / "jax"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")

@@ -305,7 +305,7 @@ class PruneConfig:
         if self.selection not in ("energy", "obs"):
             raise InputError(f"selection must be energy or obs, found {self.selection!r}")
         if self.selection_noise < 0:
-            raise InputError(f"selection_noise must be 0 or more, found {self.selection_noise}; 0.3 is a fair amount")
+            raise InputError(f"selection_noise must be 0 or more, found {self.selection_noise}; 1 is a fair amount")
         if self.value_basis not in ("activations", "outputs"):
             raise InputError(f"value_basis must be activations or outputs, found {self.value_basis!r}")
         if self.pair_selection not in ("products", "logits"):
@@ -320,12 +320,24 @@ PRESETS = {
     "fast": PruneConfig(),
     "paper": PruneConfig(ratios="fisher_pca"),
     "quality": PruneConfig(
-        ratios="kl", max_ratio=0.75, selection="obs", value_basis="outputs", pair_selection="logits", refine=2
+        ratios="kl",
+        max_ratio=0.75,
+        damping=0.001,
+        selection="obs",
+        selection_noise=1.0,
+        value_basis="outputs",
+        pair_selection="logits",
+        refine=2,
     ),
 }
 """Named settings: what is done least, the paper's method, and the best that is known (docs/quality.md)."""
 
 DEFAULT_PRESET = "quality"
+
+
+def default_preset(method: str) -> str:
+    """The preset where none is named: what goes beyond the paper is no part of a baseline."""
+    return DEFAULT_PRESET if method == PruneConfig.method else "fast"
 
 
 def preset(name: str) -> PruneConfig:

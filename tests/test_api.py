@@ -104,8 +104,19 @@ def test_an_unknown_setting_is_named(model):
         isl.prune(model, TEXT, sequence_length=64, dampening=0.1)
 
 
+def test_windows_are_as_long_as_a_short_context(model):
+    context = model.config.max_position_embeddings
+    assert isl.perplexity(model, TEXT) == isl.perplexity(model, TEXT, context)
+
+
+def test_baselines_are_measured_without_what_goes_beyond_the_paper(model):
+    flap = isl.prune(model, TEXT, 0.3, method="flap", samples=4, sequence_length=32)
+    assert "refinement" not in flap.report
+    assert len(set(flap.report["ratios"]["mlp"])) == 1
+
+
 def test_a_window_longer_than_the_context_is_refused(model):
     with pytest.raises(InputError, match="context"):
-        isl.perplexity(model, TEXT)
+        isl.perplexity(model, TEXT, 2048)
     with pytest.raises(InputError, match="context"):
         isl.prune(model, TEXT)

@@ -227,16 +227,39 @@ def test_unknown_yaml_key(refuse, source, tmp_path):
     refuse("prune", source / "model", "-o", tmp_path / "out", "--config", tmp_path / "c.yaml", says=says)
 
 
+def test_a_layout_without_ratios_of_its_own_is_refused_at_once(refuse, source, tmp_path):
+    says = ("found ratios 'kl'", "use ratios uniform")
+    text = ["--calibration", source / "text.txt", *SMALL[2:]]
+    refuse("prune", source / "model", "-o", tmp_path / "out", "--layout", "uniform", *text, says=says)
+    assert not (tmp_path / "out.journal").exists()
+
+
+def test_nothing_to_remove_is_nothing_to_measure_or_learn(source, tmp_path, capsys):
+    text = ["--calibration", str(source / "text.txt"), *SMALL[2:-2]]
+    assert main(["prune", str(source / "model"), "-o", str(tmp_path / "out"), *text, "--sparsity", "0"]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["removed_block_fraction"] == 0
+    assert "refinement" not in report
+    assert "measuring" not in capsys.readouterr().err
+
+
+def test_the_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("intraslice 0.")
+
+
 def test_existing_output(refuse, source, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious").touch()
-    (tmp_path / "r.json").touch()
+    for name in ("r.json", "q.gguf.json"):
+        (tmp_path / name).touch()
     model, text = source / "model", source / "text.txt"
     for args in (
         ["prune", model, "-o", out, *calibrated(source)],
         ["convert", model, out],
         ["export", model, out],
+        ["export", model, tmp_path / "q.gguf", "--format", "gguf"],
         ["demo", "-o", out],
         ["eval", model, "--text", text, "-o", tmp_path / "r.json"],
         ["generate", model, "prompt", "-o", tmp_path / "r.json"],

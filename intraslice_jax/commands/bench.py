@@ -99,7 +99,7 @@ def _rows(measured: dict[str, Any], sources: dict[str, str | None], layer: int) 
     def row(label: str, values: list[Any], show: Any, faster: bool = False) -> None:
         cells = [label, *(show(value) for value in values)]
         if both:
-            cells.append(f"{values[0] / values[1]:.2f} x faster" if faster else f"{values[1] / values[0]:.3f}")
+            cells.append(_faster(values[0] / values[1]) if faster else f"{values[1] / values[0]:.3f}")
         rows.append(cells)
 
     for phase, phase_label in PHASES.items():
@@ -118,6 +118,10 @@ def _rows(measured: dict[str, Any], sources: dict[str, str | None], layer: int) 
     ):
         row(label, [found[key] for found in measured.values()], lambda n: f"{n / 2**20:.1f} MiB")
     return rows
+
+
+def _faster(ratio: float) -> str:
+    return f"{ratio:.2f} x faster" if ratio >= 1 else f"{1 / ratio:.2f} x slower"
 
 
 def _ratios(measured: dict[str, Any]) -> dict[str, Any]:

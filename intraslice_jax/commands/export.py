@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from intraslice_jax.commands._types import Checkpoint, Config, Out
@@ -18,7 +19,7 @@ class Options:
 
     Attributes:
         checkpoint: what `prune` or `convert` wrote, or any model.
-        output: the folder to write; a file OUT.gguf for the format `gguf`.
+        output: the folder to write; a file OUT.gguf for the format `gguf`, with OUT.gguf.json beside it.
         format: `hf` is a Hugging Face folder; `padded` one in the original shapes, with zeros where something was
             pruned, for programs that know only the stock class; `gguf` a file for llama.cpp.
         dtype: dtype of the written weights, `q8_0` for `gguf` only; as stored if not given.
@@ -45,7 +46,10 @@ def run(options: Options) -> None:
     is_file = options.format == "gguf"
     if is_file and options.output.suffix != ".gguf":
         raise InputError(f"--format gguf writes a file: expected a name that ends in .gguf, found {options.output}")
+    facts_at = Path(f"{options.output}.json") if is_file else options.output / "export.json"
     (check_file if is_file else check_output)(options.output, options.overwrite)
+    if is_file:
+        check_file(facts_at, options.overwrite)
     return_freed_arrays()
 
     from intraslice_jax import api
@@ -72,7 +76,7 @@ def run(options: Options) -> None:
         "settings": as_settings(options),
         "versions": versions(),
     }
-    write_json(options.output.with_suffix(".json") if is_file else options.output / "export.json", facts)
+    write_json(facts_at, facts)
     print_table(
         [
             ["written", str(options.output)],

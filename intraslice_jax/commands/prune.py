@@ -32,7 +32,8 @@ class Options(HeldOut):
         output: the checkpoint folder to write.
         config: YAML file with any of these options; the command line is stronger.
         preset: settings to begin with, single ones of which other options replace: `fast` does the least, `paper` is
-            the paper's method, `quality` the best that is known.
+            the paper's method, `quality` the best that is known. For the --method of a baseline it is `fast` if not
+            given.
         overwrite: replace OUT if it exists.
         dtype: dtype of the weights; as stored if not given.
         resume: continue an interrupted run of the same command from the journal beside OUT, if there is one.

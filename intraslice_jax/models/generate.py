@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -72,7 +73,8 @@ def generate(
     generated: list[list[int]] = [[] for _ in rows]
     stop = _stop_tokens(model)
     done = [False] * len(rows)
-    stream = None if on_token is None else _Stream(model, on_token, len(rows))
+    prompts_before = [row[-TEXT_BEFORE:] for row in rows]
+    stream = None if on_token is None else _Stream(model, on_token, prompts_before)
     slots = bucket(max(map(len, rows)) + max_new_tokens)
     limit = longrope_limit(model.config.rope, model.config.max_position_embeddings)
     with exact_float32(model.decoder):
@@ -95,7 +97,7 @@ def generate(
             else:
                 positions = jnp.asarray([len(row) - 1 for row in rows], jnp.int32)
                 logits, caches = decode(model.decoder, chosen, positions, caches)
-    return GenerationResult(generated, _texts(model, generated))
+    return GenerationResult(generated, _texts(model, prompts_before, generated))
 
 
 def bucket(length: int) -> int:
@@ -160,28 +162,40 @@ def _check_finite(model: LanguageModel, logits: Float[Array, "batch vocab"], row
         raise RunError(f"a logit is not finite: {first_bad_layer(model.decoder, jnp.asarray([row], jnp.int32))}")
 
 
-def _texts(model: LanguageModel, generated: list[list[int]]) -> list[str]:
+TEXT_BEFORE = 8
+"""Tokens of a prompt that its continuation is decoded with: SentencePiece drops the space that a text begins with."""
+
+
+def _texts(model: LanguageModel, before: list[list[int]], generated: list[list[int]]) -> list[str]:
     if model.tokenizer is None:
         return []
-    return [_text(model, tokens) for tokens in generated]
+    return [_text(model, *tokens) for tokens in zip(before, generated, strict=True)]
 
 
-def _text(model: LanguageModel, tokens: list[int]) -> str:
-    text = model.require_tokenizer().decode(tokens, skip_special_tokens=True)
-    return text if isinstance(text, str) else "".join(text)
+def _text(model: LanguageModel, before: list[int], tokens: list[int]) -> str:
+    """What the tokens add to the text of those before them."""
+
+    def decoded(tokens: list[int]) -> str:
+        return "".join(model.require_tokenizer().decode(tokens, skip_special_tokens=True))
+
+    whole, known = decoded([*before, *tokens]), decoded(before)
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(whole, known, strict=False))
+    return whole[len(list(same)) :]
 
 
 class _Stream:
     """Turns the tokens of each row into pieces of text."""
 
-    def __init__(self, model: LanguageModel, on_token: Callable[[int, int, str], None], rows: int):
-        self.model, self.on_token = model, on_token
-        self.shown = [""] * rows
+    def __init__(
+        self, model: LanguageModel, on_token: Callable[[int, int, str], None], before: list[list[int]]
+    ) -> None:
+        self.model, self.on_token, self.before = model, on_token, before
+        self.shown = [""] * len(before)
 
     def show(self, row: int, tokens: list[int], last: bool) -> None:
         piece = ""
         if self.model.tokenizer is not None:
-            text = _text(self.model, tokens)
+            text = _text(self.model, self.before[row], tokens)
             if last or not text.endswith("\N{REPLACEMENT CHARACTER}"):
                 piece, self.shown[row] = text[len(self.shown[row]) :], text
         self.on_token(row, tokens[-1], piece)

@@ -41,7 +41,7 @@ from intraslice_jax.prune.methods import create_method
 from intraslice_jax.prune.refine import RefineSettings, refine
 from intraslice_jax.prune.resume import RunLog
 from intraslice_jax.prune.shapes import layer_changes
-from intraslice_jax.prune.uniform import UniformLayout, plan_uniform_layout
+from intraslice_jax.prune.uniform import UniformLayout, plan_uniform_layout, unlike
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,9 @@ def prune_model(
     _check_windows(model, windows)
     if config.refine and isinstance(model.decoder, StreamedDecoder):
         raise InputError("refine learns all layers at once, which must be on the devices; give refine=0")
+    estimator = find_estimator(config.ratios)
+    if config.layout == "uniform" and ratios is None and not isinstance(estimator, Uniform | FromFile):
+        raise unlike(config)
     mesh = mesh or mesh_of(model.decoder)
     model = on_mesh(model, mesh)
     check_weights(decoder_to_arrays(model.decoder))
@@ -118,7 +121,7 @@ def prune_model(
     decoder = _assembled(model.decoder, pruned, [block.arrays for block in blocks], mesh)
     clock.finish("layers")
     refinement = {}
-    if config.refine:
+    if config.refine and pruned != dense:
         with jax.default_matmul_precision("highest"):
             decoder, refinement = refine(model, decoder, windows, RefineSettings(config.refine), on_batch)
         clock.finish("refinement")

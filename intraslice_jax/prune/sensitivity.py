@@ -17,7 +17,7 @@ from intraslice_jax.models.decoder import Block, block_from_arrays, decoder_to_a
 from intraslice_jax.models.head import Predictions, predictions, token_kl
 from intraslice_jax.parallel.mesh import ways
 from intraslice_jax.parallel.placement import gathered, mesh_of, put_batch, to_host
-from intraslice_jax.prune.allocation import allocate_by_curves
+from intraslice_jax.prune.allocation import allocate_by_curves, allocate_evenly
 from intraslice_jax.prune.budget import LayerRatios, narrowest
 from intraslice_jax.prune.calibration import AttentionCalibration, MLPCalibration, ResidualStream, batch_size, replace
 from intraslice_jax.prune.methods import create_method
@@ -31,7 +31,7 @@ JUDGED = 1024
 layers of a small model."""
 
 CONTEXT = 512
-"""Tokens of a held-out window that are read: what is lost shows there, and the layers behind are run for each module."""
+"""Tokens of a held-out window that are read: all layers behind a module run over them for every measurement."""
 
 MEASURED = "divergences"
 """What a run's log calls the costs of its first layers."""
@@ -72,6 +72,8 @@ class KLSensitivity:
         run_log: RunLog | None,
     ) -> LayerRatios:
         """The same, going on behind the layers of which the log has measurements."""
+        if config.sparsity == 0:
+            return allocate_evenly(model.config, config)
         ratios = tuple(sorted({min(config.sparsity * point, config.max_ratio) for point in self.points}))
         costs = divergences(model, windows, config, ratios, on_batch, run_log)
         return allocate_by_curves(model.config, ratios, costs, config)

@@ -102,7 +102,7 @@ def check_uniform_layout(model: ModelConfig, ratios: LayerRatios, config: PruneC
     if config.method != "intraslice":
         raise InputError(f"layout uniform is a plan of method intraslice, found method {config.method}")
     if len(set(ratios.attention)) > 1 or len(set(ratios.mlp)) > 1:
-        raise InputError(f"layout uniform prunes all layers alike, found ratios {config.ratios!r}; use ratios uniform")
+        raise unlike(config)
     widths = {dataclasses.replace(shape, rotary_dim=0, sliding_window=None) for shape in model.layers}
     rotated = {shape.rotary_dim for shape in model.layers if shape.rotary_dim}
     shape = model.layers[0]
@@ -110,6 +110,11 @@ def check_uniform_layout(model: ModelConfig, ratios: LayerRatios, config: PruneC
         raise InputError(
             "layout uniform needs a model whose layers all have the same widths; this one was pruned before"
         )
+
+
+def unlike(config: PruneConfig) -> InputError:
+    """What to say of ratios that differ between layers."""
+    return InputError(f"layout uniform prunes all layers alike, found ratios {config.ratios!r}; use ratios uniform")
 
 
 def common_heads(

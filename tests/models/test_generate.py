@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers import decoders
 from transformers import AutoTokenizer
 
 from intraslice_jax.config import LayerShape, ModelConfig, RopeConfig
@@ -186,6 +187,18 @@ class TestGenerate:
         alone = generate(model, "ab", 20)
         assert alone.tokens == result.tokens[:1]
         assert generate(make(), [prompt(3)], 2).texts == []
+
+    def test_a_continuation_keeps_the_space_it_begins_with(self, tmp_path):
+        """SentencePiece's decoders, Llama 2's for one, strip it from the beginning of a text."""
+        write_tokenizer(tmp_path)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+        model, pieces = dataclasses.replace(make(), tokenizer=tokenizer), []
+        plain = generate(model, "ab", 6).texts[0]
+        strip = decoders.Strip(content=plain[0], left=1, right=0)  # takes any character for a space
+        tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), strip])
+        assert tokenizer.decode(generate(model, "ab", 6).tokens[0]) == plain[1:]
+        assert generate(model, "ab", 6, on_token=lambda row, token, piece: pieces.append(piece)).texts == [plain]
+        assert "".join(pieces) == plain
 
     def test_longrope_switches_for_good_at_the_original_context(self):
         rng = np.random.default_rng(0)
