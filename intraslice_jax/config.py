@@ -236,7 +236,8 @@ class PruneConfig:
         sparsity: fraction of the attention and MLP parameters of the decoder layers to remove, in [0, 1).
         method: the pruning method, a name of `intraslice_jax.prune.methods`.
         ratios: what spreads it over layers and modules: `uniform`, `fisher`, `fisher_pca`, `fisher_components`, `kl`,
-            or a JSON or YAML file with the lists `attention` and `mlp` (then the file says how much is removed, too).
+            `kl_curves`, or a JSON or YAML file with the lists `attention` and `mlp` (then the file says how much is
+            removed, too).
         max_ratio: the most that a layer's attention or MLP may lose.
         kind_bias: the ratio of all attentions divided by the ratio of all MLPs.
         gradient_group: calibration sequences whose gradients are summed before they are squared.
