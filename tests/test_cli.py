@@ -116,6 +116,9 @@ def test_the_best_settings_are_the_usual_ones(source, tmp_path, capsys):
     assert report["settings"]["prune"] == as_settings(dataclasses.replace(preset("quality"), sparsity=0.25, align=2))
     assert set(report["refinement"]) == {"accepted", "held_out_divergence", "losses"}
     assert "--ratios" not in report["command"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert ("learned further" in page, "Nothing was retrained" in page) == (True, False)
+    assert report["refinement"]["accepted"]
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if line[0] != "["] == [
         *(f"measuring sensitivity: {done} of 4" for done in (1, 2, 3, 4)),
