@@ -20,6 +20,7 @@ from intraslice_jax.prune.compensation import Sums, relative_error, ridge
 from intraslice_jax.prune.linalg import (
     Number,
     centred,
+    each,
     eigh_descending,
     inverse_gram,
     solver_name,
@@ -233,7 +234,7 @@ def product_bases(
     With Q = U_q C_q^1/2 and K = U_k C_k^1/2 the truncated SVD of C_q^1/2 C_k^1/2 is that of Q K^T.
     """
     (root_q, inverse_q), (root_k, inverse_k) = _roots(query_gram), _roots(key_gram)
-    left, values, right = jnp.linalg.svd(root_q @ root_k)
+    left, values, right = each(jnp.linalg.svd, root_q @ root_k)
     scale = jnp.sqrt(values[:, None, :width])
     return inverse_q @ left[:, :, :width] * scale, inverse_k @ right.swapaxes(1, 2)[:, :, :width] * scale
 
@@ -271,7 +272,7 @@ def unexplained_blocks(gram: Float[Array, "inputs inputs"], heads: int, damping:
 
     By block inversion it is ((G^-1)_hh)^-1 for the damped Gram matrix G.
     """
-    return jnp.linalg.inv(head_blocks(inverse_gram(gram, damping), heads))
+    return each(jnp.linalg.inv, head_blocks(inverse_gram(gram, damping), heads))
 
 
 def effective_bases(
@@ -298,7 +299,7 @@ def effective_bases(
     effects = blocks @ o_proj
     effect = sum_groups(effects @ effects.swapaxes(1, 2), to_kv, kv_heads)
     directions = inverse @ eigh_descending(inverse @ effect @ inverse)[1][:, :, :width]
-    return jnp.linalg.qr(directions)[0]
+    return each(lambda one: jnp.linalg.qr(one)[0], directions)
 
 
 def fuse_attention(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,12 +44,24 @@ def damped(gram: Float[Array, "n n"], damping: Number) -> Float[Array, "n n"]:
     return 0.5 * (gram + gram.T) + damping * jnp.mean(jnp.diagonal(gram)) * jnp.eye(len(gram), dtype=gram.dtype)
 
 
+def each(function: Callable[..., Any], *arrays: Array) -> Any:
+    """`jax.vmap(function)(*arrays)` for functions that call LAPACK; on a CPU it takes one item after the other.
+
+    A batched LAPACK call of jaxlib shares its items with the threads of XLA's pool and waits for them on one of these
+    threads. As many such calls at once as there are threads (two on two cores) wait for ever.
+    """
+    device = jax.config.jax_default_device or jax.local_devices()[0]
+    if device.platform == "cpu":
+        return jax.lax.map(lambda items: function(*items), arrays)
+    return jax.vmap(function)(*arrays)
+
+
 @jax.jit
 def eigh_descending(
     grams: Float[Array, "batch n n"],
 ) -> tuple[Float[Array, "batch n"], Float[Array, "batch n n"]]:
     """Eigenvalues, clipped at 0, in descending order, with their eigenvectors as columns."""
-    values, vectors = jnp.linalg.eigh(0.5 * (grams + grams.swapaxes(1, 2)))
+    values, vectors = each(jnp.linalg.eigh, 0.5 * (grams + grams.swapaxes(1, 2)))
     return jnp.maximum(values[:, ::-1], 0.0), vectors[:, :, ::-1]
 
 

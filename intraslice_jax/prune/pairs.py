@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from intraslice_jax.prune.linalg import Number, inverse_gram
+from intraslice_jax.prune.linalg import Number, each, inverse_gram
 
 
 class KeptPairs(NamedTuple):
@@ -52,6 +52,13 @@ def contribution_gram(
     return jnp.block([[xx, xy], [xy.swapaxes(1, 2), yy]])
 
 
+def _inverse_2x2(blocks: Float[Array, "heads pairs 2 2"]) -> Float[Array, "heads pairs 2 2"]:
+    """Of symmetric positive definite blocks."""
+    (a, b), (_, d) = (tuple(jnp.moveaxis(row, -1, 0)) for row in jnp.moveaxis(blocks, -2, 0))
+    adjugate = jnp.stack([jnp.stack([d, -b], -1), jnp.stack([-b, a], -1)], -2)
+    return adjugate / (a * d - b * b)[..., None, None]
+
+
 @functools.partial(jax.jit, static_argnames=("kv_heads", "kept"))
 def eliminate_pairs(
     gram: Float[Array, "heads rotary rotary"],
@@ -73,7 +80,7 @@ def eliminate_pairs(
     """
     heads, rotary, _ = gram.shape
     every = rotary // 2
-    inverse = jax.vmap(lambda one: inverse_gram(one, damping))(gram).reshape(heads, 2, every, 2, every)
+    inverse = each(lambda one: inverse_gram(one, damping), gram).reshape(heads, 2, every, 2, every)
     weights = jnp.stack([jnp.ones((heads, every), gram.dtype), jnp.zeros((heads, every), gram.dtype)], 1)
     head, pair = jnp.arange(heads), jnp.arange(every)
 
@@ -82,13 +89,13 @@ def eliminate_pairs(
         blocks = inverse[:, :, pair, :, pair].transpose(1, 0, 2, 3)
         blocks = jnp.where(stays[to_kv][..., None, None], blocks, jnp.eye(2, dtype=gram.dtype)[None, None])
         own = weights.transpose(0, 2, 1)
-        costs = jnp.sum(own * jnp.linalg.solve(blocks, own[..., None])[..., 0], -1)
+        inverted = _inverse_2x2(blocks)
+        costs = jnp.einsum("hpa,hpab,hpb->hp", own, inverted, own)
         costs = jax.ops.segment_sum(costs, to_kv, kv_heads)
         worst = jnp.argmin(jnp.where(stays, costs, jnp.inf), 1)
         gone = worst[to_kv]
         columns = inverse[head, :, :, :, gone]  # [heads, 2, pairs, 2]
-        factor = jnp.linalg.solve(blocks[head, gone], columns.reshape(heads, rotary, 2).swapaxes(1, 2))
-        factor = factor.swapaxes(1, 2).reshape(columns.shape)
+        factor = jnp.einsum("hapc,hcd->hapd", columns, inverted[head, gone])
         weights = weights - jnp.einsum("hapc,hc->hap", factor, own[head, gone])
         inverse = inverse - jnp.einsum("hapc,hbrc->hapbr", factor, columns)
         return inverse, weights, stays.at[jnp.arange(kv_heads), worst].set(False)

@@ -1,9 +1,15 @@
+import re
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from intraslice_jax.prune import attention, pairs
+from intraslice_jax.prune.baselines import obs
 from intraslice_jax.prune.compensation import Compensation, Sums, relative_error, ridge
 from intraslice_jax.prune.linalg import (
     centred,
@@ -141,3 +147,35 @@ def test_weights_of_any_dtype_are_solved_in_float64():
     for array in (low, values):
         assert to_solver(array).dtype == jnp.float64
         assert (np.asarray(to_solver(array)) == np.asarray(array).astype(np.float64)).all()
+
+
+def _shapes(*shapes):
+    return [jax.ShapeDtypeStruct(shape, jnp.float64) for shape in shapes]
+
+
+INDICES = jax.ShapeDtypeStruct((4,), jnp.int64)
+BATCHED = {
+    "eigh_descending": (eigh_descending, _shapes((4, 6, 6))),
+    "product_bases": (partial(attention.product_bases, width=3), _shapes((4, 6, 6), (4, 6, 6))),
+    "unexplained_blocks": (partial(attention.unexplained_blocks, heads=4, damping=0.1), _shapes((24, 24))),
+    "effective_bases": (
+        partial(attention.effective_bases, kv_heads=2, width=3),
+        [*_shapes((4, 6, 6), (4, 6, 9)), INDICES],
+    ),
+    "eliminate_pairs": (
+        partial(pairs.eliminate_pairs, kv_heads=2, kept=2, damping=0.1),
+        [*_shapes((4, 6, 6)), INDICES],
+    ),
+    "obs": (obs._head_errors, [*_shapes((4, 6, 4, 6), (4, 6, 9)), jax.ShapeDtypeStruct((4,), jnp.bool_)]),
+}
+
+
+@pytest.mark.parametrize("name", BATCHED)
+def test_lapack_is_not_called_on_batches(name):
+    """Two such calls at once wait for each other for ever on two cores (`linalg.each`)."""
+    function, arguments = BATCHED[name]
+    text = jax.jit(function).lower(*arguments).compile().as_text() or ""
+    results = [line.partition("custom-call(")[0] for line in text.splitlines() if '"lapack_' in line]
+    assert results
+    for dims in re.findall(r"f64\[([\d,]*)\]", " ".join(results)):
+        assert dims.count(",") <= 1, results

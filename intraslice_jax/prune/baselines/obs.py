@@ -16,7 +16,7 @@ from intraslice_jax.prune.baselines.heads import keep_heads, nearer
 from intraslice_jax.prune.baselines.moments import attention_moments
 from intraslice_jax.prune.calibration import AttentionCalibration, MLPCalibration
 from intraslice_jax.prune.elimination import eliminate_channels, inverse_moment
-from intraslice_jax.prune.linalg import solver_precision, to_solver
+from intraslice_jax.prune.linalg import each, solver_precision, to_solver
 from intraslice_jax.prune.method import PrunedAttention, PrunedMLP
 
 
@@ -77,9 +77,12 @@ def _head_errors(
     every = jnp.arange(len(weights))
     blocks = inverse[every, :, every]
     blocks = jnp.where(stays[:, None, None], blocks, jnp.eye(blocks.shape[-1], dtype=blocks.dtype)[None])
-    factors = jnp.linalg.cholesky(blocks)
-    half = jax.lax.linalg.triangular_solve(factors, weights, left_side=True, lower=True)
-    return jnp.where(stays, jnp.square(half).sum((1, 2)), jnp.inf)
+
+    def error(block: Array, weights: Array) -> Array:
+        half = jax.lax.linalg.triangular_solve(jnp.linalg.cholesky(block), weights, left_side=True, lower=True)
+        return jnp.square(half).sum()
+
+    return jnp.where(stays, each(error, blocks, weights), jnp.inf)
 
 
 @functools.partial(jax.jit, donate_argnums=(0, 1))
