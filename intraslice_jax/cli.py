@@ -90,7 +90,8 @@ def _parse(given: list[str], modules: dict[str, ModuleType]) -> tuple[str, Any]:
         given = arguments.merge_repeated(arguments.numbers_for_names(given, options[command]), options[command])
         config = arguments.config_file(given, getattr(modules[command], "DEFAULT_CONFIG", None))
         read = {} if config is None else load_settings(config, options[command])
-        if "preset" in {field.name for field in dataclasses.fields(options[command])}:
+        # Where there is no such section, the command itself looks up what its preset says.
+        if {"preset", "prune"} <= {field.name for field in dataclasses.fields(options[command])}:
             method = arguments.value_of("--method", given) or read.get("prune", PruneConfig).method
             name = arguments.value_of("--preset", given) or read.get("preset", default_preset(method))
             options[command] = with_defaults(options[command], {"preset": name, "prune": preset(name)})

@@ -352,6 +352,20 @@ def preset(name: str) -> PruneConfig:
     return PRESETS[name]
 
 
+def check_refine(refine: int, residency: str) -> None:
+    """Raises InputError where the layers that a refinement learns all at once would not be on the devices.
+
+    Args:
+        refine: passes.
+        residency: `device`, `host` or `disk`.
+    """
+    if refine and residency != "device":
+        raise InputError(
+            f"refine learns all layers at once, which must be on the devices; give --refine 0 with --residency "
+            f"{residency}"
+        )
+
+
 @dataclass(frozen=True)
 class ParallelConfig:
     """Which devices work together, in one process or several.

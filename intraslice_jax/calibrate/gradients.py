@@ -88,7 +88,7 @@ def group_gradients(
         RunError: a loss or a gradient is not finite; the message names the layer.
     """
     mesh = mesh_of(model.decoder)
-    size = batch_size or ways(mesh) * _automatic_batch(model.config, windows.shape[1], matrices, memory_budget)
+    size = batch_size or ways(mesh) * automatic_batch(model.config, windows.shape[1], matrices, memory_budget)
     pending: list[_Sequences] = []
     waiting = 0
     for batch in _sequences(model.decoder, windows, size, matrices, on_batch, start):
@@ -114,7 +114,7 @@ def head_grams(
 ) -> tuple[Float[np.ndarray, "heads v v"], ...]:
     """Second moments y_h^T y_h of the unpruned model per layer and head, summed over all tokens; float64."""
     mesh = mesh_of(model.decoder)
-    size = batch_size or ways(mesh) * _automatic_batch(model.config, windows.shape[1], False, memory_budget)
+    size = batch_size or ways(mesh) * automatic_batch(model.config, windows.shape[1], False, memory_budget)
     shapes = [(s.num_attention_heads, s.v_head_dim, s.v_head_dim) for s in model.config.layers]
     totals = [np.zeros(shape) for shape in shapes]
     rope = model.decoder.rope_for(windows.shape[1])
@@ -281,7 +281,7 @@ def _masked(block: Block, rope: RopeTable, x: Array, masks: _Masks) -> Array:
     return after_attention + block.mlp.output(masked)
 
 
-def _automatic_batch(config: ModelConfig, seq: int, matrices: bool, memory_budget: int) -> int:
+def automatic_batch(config: ModelConfig, seq: int, matrices: bool, memory_budget: int) -> int:
     """How many sequences of a step fit the budget, at least 1."""
     widest = max(layer.intermediate_size for layer in config.layers)
     heads = max(layer.num_attention_heads for layer in config.layers)

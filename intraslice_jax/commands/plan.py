@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from intraslice_jax.commands._types import Config, Dtype, JsonOutput, Model
+from intraslice_jax.config import DEFAULT_PRESET, check_refine, preset
 
 if TYPE_CHECKING:
     from intraslice_jax.planning.devices import Accelerator
@@ -25,7 +26,10 @@ class Options:
             machine; with `--devices` an assumed share of the peak if not given.
         residency: where the weights wait: all on the devices, in host memory or in their files; then a device holds
             one layer and the next.
-        sparsity, ratios, samples, sequence_length, memory_budget: as for `prune`.
+        preset: of `prune`; says the ratios and the refinement that are not given.
+        ratios: as for `prune`; those of a file count as uniform ones.
+        refine: passes of the refinement, as for `prune`; it needs all weights on the devices.
+        sparsity, samples, sequence_length, memory_budget: as for `prune`.
         dtype: of the weights.
         output: JSON file to write the plan to.
         overwrite: replace it if it exists.
@@ -38,8 +42,10 @@ class Options:
     device_memory: str | None = None
     flops: str | None = None
     residency: Literal["device", "host", "disk"] = "device"
+    preset: Literal["fast", "paper", "quality"] = DEFAULT_PRESET
     sparsity: float = 0.3
-    ratios: str = "uniform"
+    ratios: str | None = None
+    refine: int | None = None
     samples: int = 128
     sequence_length: int = 2048
     memory_budget: int = 512 * 2**20
@@ -54,6 +60,10 @@ def run(options: Options) -> None:
     from intraslice_jax.commands._output import check_json_output, write_json
 
     check_json_output(options.output, options.overwrite)
+    named = preset(options.preset)
+    ratios = named.ratios if options.ratios is None else options.ratios
+    refine = named.refine if options.refine is None else options.refine
+    check_refine(refine, options.residency)
 
     from intraslice_jax.convert.shards import parse_size
     from intraslice_jax.planning.describe import describe
@@ -74,7 +84,8 @@ def run(options: Options) -> None:
         options.memory_budget,
         options.dtype,
         options.sparsity,
-        options.ratios,
+        ratios,
+        refine,
     )
     model = describe(options.model)
     rates = _rates(options.flops, accelerator)

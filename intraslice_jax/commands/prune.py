@@ -14,7 +14,7 @@ from tyro.conf import OmitArgPrefixes
 from intraslice_jax.commands._command_line import command_line
 from intraslice_jax.commands._held_out import HeldOut, read_held_out
 from intraslice_jax.commands._types import Config, Dtype, Model, Output
-from intraslice_jax.config import DEFAULT_PRESET, CalibrationConfig, ParallelConfig, PruneConfig
+from intraslice_jax.config import DEFAULT_PRESET, CalibrationConfig, ParallelConfig, PruneConfig, check_refine
 from intraslice_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -138,11 +138,7 @@ def _check_journal(options: Options) -> None:
     folder = journal_of(options.output)
     if options.residency == "disk" and not options.journal:
         raise InputError("residency disk keeps finished layers in the journal; leave out --no-journal")
-    if options.residency != "device" and options.prune.refine:
-        raise InputError(
-            f"refine learns all layers at once, which must be on the devices; give --refine 0 with --residency "
-            f"{options.residency}"
-        )
+    check_refine(options.prune.refine, options.residency)
     if options.resume and not options.journal:
         raise InputError("--resume needs the journal; leave out --no-journal")
     if folder.exists() and options.journal and not (options.resume or options.overwrite):

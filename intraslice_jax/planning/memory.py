@@ -15,6 +15,7 @@ from intraslice_jax.parallel.rules import LOGICAL_AXES, RULES, AxisRules, partit
 from intraslice_jax.planning.programs import Program
 
 Residency = Literal["device", "host", "disk"]
+RESIDENCIES: tuple[Residency, ...] = ("device", "host", "disk")
 
 
 @dataclass(frozen=True)

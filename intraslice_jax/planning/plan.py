@@ -10,23 +10,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from intraslice_jax.config import ModelConfig, PruneConfig
+from intraslice_jax.config import ModelConfig, PruneConfig, check_refine
 from intraslice_jax.errors import InputError
 from intraslice_jax.parallel.batches import even_batches
 from intraslice_jax.parallel.linalg import fits_one_device
 from intraslice_jax.parallel.mesh import make_mesh, parse_mesh
 from intraslice_jax.parallel.rules import RULES
 from intraslice_jax.planning.devices import Accelerator
-from intraslice_jax.planning.memory import MeshSizes, Residency, Setting, phases, widest
-from intraslice_jax.planning.programs import Program, Steps
+from intraslice_jax.planning.memory import RESIDENCIES, MeshSizes, Residency, Setting, phases, widest
+from intraslice_jax.planning.programs import Program
 from intraslice_jax.planning.stages import Rates, stages
 from intraslice_jax.planning.typical import typical
+from intraslice_jax.planning.whole_model import WholeModel
+from intraslice_jax.planning.whole_programs import WholeModelSteps
 from intraslice_jax.prune.calibration import batch_size
 
 
 @dataclass(frozen=True)
 class Run:
-    """The options of the run that is planned, as `prune` spells them."""
+    """The options of the run that is planned, as `prune` spells them; ratios of a file count as uniform ones."""
 
     mesh: str
     residency: Residency
@@ -36,6 +38,7 @@ class Run:
     dtype: str
     sparsity: float = 0.3
     ratios: str = "uniform"
+    refine: int = 0
 
 
 def make_plan(
@@ -50,8 +53,10 @@ def make_plan(
         accelerator: what the devices are; without it they solve themselves.
 
     Raises:
-        InputError: the mesh is malformed, the windows do not fit the model, or the sparsity is beyond reach.
+        InputError: the mesh is malformed, the windows do not fit the model, the sparsity is beyond reach, there are no
+            such ratios, or a refinement does not go with the residency.
     """
+    check_refine(run.refine, run.residency)
     if run.samples < 1 or not 2 <= run.sequence_length <= config.max_position_embeddings:
         raise InputError(
             f"{run.samples} windows of {run.sequence_length} tokens do not fit a context of "
@@ -59,7 +64,7 @@ def make_plan(
         )
     sizes = mesh_sizes(run.mesh)
     mesh = None if sizes.devices == 1 else make_mesh(run.mesh, _cpu_devices(sizes.devices))
-    prune = PruneConfig(sparsity=run.sparsity, memory_budget=run.memory_budget)
+    prune = PruneConfig(sparsity=run.sparsity, memory_budget=run.memory_budget, refine=run.refine)
     pruned, index = typical(config, prune), widest(config)
     per_row = batch_size(config, (run.samples, run.sequence_length), prune, sizes.data)
     steps = len(list(even_batches(run.samples, per_row, sizes.data)))
@@ -70,14 +75,19 @@ def make_plan(
     setting = Setting(
         config, pruned, run.dtype, sizes, run.samples, run.sequence_length, steps, run.memory_budget, solves, one_device
     )
-    compiled = Steps(config, config.layers[index], pruned.layers[index], mesh, run.sequence_length, run.dtype)
+    compiled = WholeModelSteps(config, config.layers[index], pruned.layers[index], mesh, run.sequence_length, run.dtype)
     z_bytes = per_row * run.sequence_length * inner * jnp.dtype(run.dtype).itemsize
     solving = compiled.solves()
     programs = compiled.passes(per_row, steps * z_bytes <= run.memory_budget) | solving
-    by_residency = {name: phases(setting, programs, name) for name in ("device", "host", "disk")}
+    whole = WholeModel.of(setting, run, compiled)
+    by_residency: dict[Residency, dict[str, dict[str, int]]] = {}
+    for name in RESIDENCIES:
+        loop = phases(setting, programs, name)
+        by_residency[name] = loop | whole.phases(loop, name)
     totals = {name: max(sum(p.values()) for p in found.values()) for name, found in by_residency.items()}
     here = by_residency[run.residency]
     peak = max(here, key=lambda phase: sum(here[phase].values()))
+    every = {**programs, **whole.programs}
     work = stages(config, pruned, programs, steps, per_row * run.sequence_length, sizes, run, rates)
     return {
         "run": asdict(run),
@@ -87,15 +97,15 @@ def make_plan(
         "phase_bytes": {name: sum(found.values()) for name, found in here.items()},
         "device_bytes": totals[run.residency],
         "device_bytes_by_residency": totals,
-        "programs": {name: asdict(program) for name, program in programs.items()},
+        "programs": {name: asdict(program) for name, program in every.items()},
         **work,
         "collective_bytes_per_layer": _traffic(setting, programs),
         "host_bytes": _host_bytes(setting, solving, run.residency, accelerator),
         "disk_bytes": _disk_bytes(setting),
         "distinct_layer_shapes": {"dense": config.distinct_shapes(), "pruned": pruned.distinct_shapes()},
         "compiled_programs": {
-            "least": len(programs) * max(config.distinct_shapes(), pruned.distinct_shapes()),
-            "most": len(programs) * config.num_layers,
+            "least": len(every) * max(config.distinct_shapes(), pruned.distinct_shapes()),
+            "most": len(every) * config.num_layers,
         },
         "pruned_parameters": pruned.total_parameters(),
         "parameters": config.total_parameters(),

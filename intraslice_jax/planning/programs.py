@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from intraslice_jax.calibrate import gradients, statistics
+from intraslice_jax.calibrate import statistics
 from intraslice_jax.calibrate.statistics import AttentionMoments, GramMoments, MapMoments
 from intraslice_jax.config import LayerShape, ModelConfig
 from intraslice_jax.errors import RunError
@@ -116,21 +116,12 @@ class Steps:
                 source = x if self._config.parallel_block else None
                 output = statistics.finish_layer.lower(small, x, source)
         return {
-            "attention": _analysed(mix),
-            "head moments": _analysed(first.compile()),
-            "kept attention": _analysed(again.compile()),
-            "MLP": _analysed(mlp.compile()),
-            "output": _analysed(output.compile()),
+            "attention": analysed(mix),
+            "head moments": analysed(first.compile()),
+            "kept attention": analysed(again.compile()),
+            "MLP": analysed(mlp.compile()),
+            "output": analysed(output.compile()),
         }
-
-    def gradients(self, batch: int, matrices: bool) -> dict[str, Program]:
-        """Of the mask gradients of one batch of sequences."""
-        block = self._block(self._dense)
-        x = self._array((batch, self._seq, self._config.hidden_size), self._dtype, DATA)
-        with jax.default_matmul_precision("highest"), heads_together():
-            forward = gradients._forward.lower(block, x, self._rope)
-            backward = gradients._backward.lower(block, x, self._rope, x, matrices)
-        return {"forward": _analysed(forward.compile()), "backward": _analysed(backward.compile())}
 
     def solves(self) -> dict[str, Program]:
         """Of the solves in float64 on one device."""
@@ -157,7 +148,7 @@ class Steps:
             fold = mlp_solve._fold.lower(
                 wide(inner, inner), wide(inner), wide(inner, hidden), None, index, dropped, wide(), wide()
             ).compile()
-        return {"attention solve": _analysed(fuse), "MLP solve": _analysed(fold)}
+        return {"attention solve": analysed(fuse), "MLP solve": analysed(fold)}
 
     def _array(self, shape: tuple[int, ...], dtype: Any, *axes: str) -> Any:
         sharding = None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec(*axes))
@@ -203,7 +194,12 @@ def _map_moments(inputs: int, targets: int) -> Any:
     return MapMoments(*(a.shape for a in jax.eval_shape(lambda: statistics.empty_map_moments(inputs, targets))))
 
 
-def _analysed(compiled: jax.stages.Compiled) -> Program:
+def analysed(compiled: jax.stages.Compiled) -> Program:
+    """What the compiler says of a program.
+
+    Raises:
+        RunError: it says nothing.
+    """
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     if memory is None:
         raise RunError("the compiler says nothing about the memory of its programs; run it with JAX_PLATFORMS=cpu")

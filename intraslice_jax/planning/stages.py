@@ -14,6 +14,7 @@ from intraslice_jax.config import ModelConfig
 from intraslice_jax.planning.devices import UTILISATION, Accelerator
 from intraslice_jax.planning.memory import MeshSizes, widest
 from intraslice_jax.planning.programs import Program
+from intraslice_jax.planning.whole_stages import whole_model_work
 
 if TYPE_CHECKING:
     from intraslice_jax.planning.plan import Run
@@ -68,22 +69,21 @@ def stages(
         + 2 * outputs * inputs * (inputs + width)
         + _ridge_flops(keep, inner, hidden)
     )
-    found: dict[str, Any] = {"flops_per_device": flops}
-    if run.ratios.startswith("fisher"):
-        # A pass, its repetition and the backward pass, which costs as much as one: weights have no gradients.
-        once = config.block_parameters() + config.vocab_size * hidden
-        forwards = 4 if run.ratios == "fisher_components" else 3
-        flops["gradients"] = 2 * forwards * once * run.samples * run.sequence_length / mesh.devices
+    narrow = 1.0 if rates is None else rates.wide if run.dtype == "float32" else rates.narrow
+    seconds: dict[str, float] = {}
     if rates is not None:
-        seconds = {}
         for name, count in flops.items():
             share = layers * steps * wide.get(name, 0.0)
-            fast = count - share
-            narrow = rates.wide if run.dtype == "float32" else rates.narrow
-            seconds[name] = count / rates.solve if name == "solves" else fast / narrow + share / rates.wide
-        found["seconds_by_stage"] = seconds
-    found["seconds"] = None if rates is None else sum(found["seconds_by_stage"].values())
-    return found
+            seconds[name] = count / rates.solve if name == "solves" else (count - share) / narrow + share / rates.wide
+    more = whole_model_work(config, pruned, run, mesh)
+    flops |= {name: work.of(flops) for name, work in more.items()}
+    if rates is not None:
+        seconds |= {name: work.of(seconds, narrow) for name, work in more.items()}
+    return {
+        "flops_per_device": flops,
+        **({} if rates is None else {"seconds_by_stage": seconds}),
+        "seconds": None if rates is None else sum(seconds.values()),
+    }
 
 
 def _mixed_fits(programs: Mapping[str, Program], steps: int, mesh: MeshSizes, run: Run) -> bool:

@@ -134,7 +134,7 @@ class Uniform:
         return allocate_evenly(model.config, config)
 
 
-class _FromGradients(abc.ABC):
+class FromGradients(abc.ABC):
     """Scores from sums over groups of gradients; a run that is stopped goes on with the sums that it had."""
 
     matrices = False
@@ -182,7 +182,7 @@ class _FromGradients(abc.ABC):
         """What is made of their sums over all groups."""
 
 
-class Fisher(_FromGradients):
+class Fisher(FromGradients):
     """Whole heads, and channels, by the squared gradients of their masks."""
 
     def prepare(self, model: LanguageModel, windows: np.ndarray, config: PruneConfig) -> TermsOf:
@@ -196,7 +196,7 @@ class Fisher(_FromGradients):
         return UnitScores(totals["heads"], totals["channels"])
 
 
-class FisherPCA(_FromGradients):
+class FisherPCA(FromGradients):
     """Principal components of heads, by the squared gradients of the heads' masks rotated into their basis."""
 
     def prepare(self, model: LanguageModel, windows: np.ndarray, config: PruneConfig) -> TermsOf:
@@ -213,7 +213,7 @@ class FisherPCA(_FromGradients):
         return UnitScores(tuple(rotated_scores(product, gram) for product, gram in pairs), totals["channels"])
 
 
-class FisherComponents(_FromGradients):
+class FisherComponents(FromGradients):
     """Principal components of heads, by the squared gradients of masks on the components themselves."""
 
     matrices = True

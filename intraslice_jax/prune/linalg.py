@@ -25,16 +25,18 @@ class Solution(NamedTuple):
 @contextlib.contextmanager
 def solver_precision() -> Iterator[None]:
     """Runs the enclosed solves in float64, on the host where the accelerator has no float64."""
-    device = jax.local_devices()[0]
-    if device.platform not in ("cpu", "gpu"):
-        device = jax.local_devices(backend="cpu")[0]
-    with jax.enable_x64(True), jax.default_device(device):
+    with jax.enable_x64(True), jax.default_device(_solver_device()):
         yield
+
+
+def _solver_device() -> jax.Device:
+    device = jax.local_devices()[0]
+    return device if device.platform in ("cpu", "gpu") else jax.local_devices(backend="cpu")[0]
 
 
 def to_solver(array: Array | np.ndarray) -> Float[Array, "..."]:
     """A copy in the solver's dtype and on its device; call it inside `solver_precision`."""
-    if isinstance(array, jax.Array) and array.devices() == {jax.config.jax_default_device}:
+    if isinstance(array, jax.Array) and array.devices() == {_solver_device()}:
         return jnp.array(array, jnp.float64)  # large moments need not go through the host
     return jnp.asarray(np.asarray(array).astype(np.float64))
 
@@ -50,8 +52,7 @@ def each(function: Callable[..., Any], *arrays: Array) -> Any:
     A batched LAPACK call of jaxlib shares its items with the threads of XLA's pool and waits for them on one of these
     threads. As many such calls at once as there are threads (two on two cores) wait for ever.
     """
-    device = jax.config.jax_default_device or jax.local_devices()[0]
-    if device.platform == "cpu":
+    if _solver_device().platform == "cpu":
         return jax.lax.map(lambda items: function(*items), arrays)
     return jax.vmap(function)(*arrays)
 

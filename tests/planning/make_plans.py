@@ -21,11 +21,11 @@ weights in bfloat16, 30 % removed, uniform ratios (`--preset fast`). Memory come
 host devices, with the shapes that each device would have; **nothing here was run on these devices**. Their memory and
 peak rates are those of the data sheets, 40 % of the peak is assumed, and communication takes no time, so take the
 seconds as a lower bound; compiling comes on top. TPUs have no float64 and leave the solves to their hosts, which is
-most of their seconds. Neither the stage that estimates ratios nor the refinement is counted.
+most of their seconds. With this preset nothing estimates ratios, and there is no refinement.
 
 Each row is the first mesh and residency that fit:
 
-    intraslice plan llama-2-70b --devices v5p-64
+    intraslice plan llama-2-70b --devices v5p-64 --preset fast
 
 """
 COLUMNS = (
@@ -51,7 +51,7 @@ def row(model: str, devices: str) -> str:
     """One line of the table; the refusal where nothing fits."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "plan.json"
-        command = ["plan", model, "--devices", devices, "--output", str(file)]
+        command = ["plan", model, "--preset", "fast", "--devices", devices, "--output", str(file)]
         # The number of host devices is fixed when jax starts.
         done = subprocess.run([sys.executable, "-m", "intraslice_jax", *command], capture_output=True, text=True)
         if done.returncode:

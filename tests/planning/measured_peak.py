@@ -37,11 +37,12 @@ def measure(config: ModelConfig, samples: int, seq: int, settings: PruneConfig) 
     return status("VmHWM") - before + sum(a.nbytes for a in jax.tree.leaves(decoder_to_arrays(model.decoder)))
 
 
-def main(hidden: int, inner: int, layers: int, samples: int, seq: int, budget: int) -> None:
+def main(sizes: str, settings: str) -> None:
+    hidden, inner, layers, samples, seq = json.loads(sizes)
     shape = LayerShape(uniform_query_to_kv(hidden // 64, hidden // 128), 64, 64, 64, inner)
     config = ModelConfig("llama", 512, hidden, 64, 64, (shape,) * layers)
-    print(json.dumps(measure(config, samples, seq, PruneConfig(iterative="never", memory_budget=budget))))
+    print(json.dumps(measure(config, samples, seq, PruneConfig(iterative="never", **json.loads(settings)))))
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(*sys.argv[1:])

@@ -5,10 +5,15 @@ import json
 import pytest
 
 from intraslice_jax.cli import main
+from intraslice_jax.config import LayerShape, ModelConfig, uniform_query_to_kv
+from intraslice_jax.errors import InputError
 from intraslice_jax.models.decoder import abstract_arrays
 from intraslice_jax.parallel.rules import RULES
 from intraslice_jax.planning.describe import describe
+from intraslice_jax.planning.fitting import refuse
 from intraslice_jax.planning.memory import MeshSizes, gram_moment_bytes, map_moment_bytes, shard_bytes
+from intraslice_jax.planning.plan import Run
+from intraslice_jax.planning.whole_stages import forward_flops, head_flops, whole_model_work
 from tests.parallel.measure_scaling import CONFIG
 from tests.tiny import tiny_config, write_json
 
@@ -45,6 +50,9 @@ def test_ready_models_have_the_published_parameters(name, parameters):
     assert describe(name).total_parameters() == parameters
 
 
+SHORT = ("--samples", "4", "--sequence-length", "256")
+
+
 @pytest.fixture
 def folder(tmp_path):
     write_json(tmp_path / "config.json", tiny_config(hidden_size=256, intermediate_size=768, head_dim=64))
@@ -53,10 +61,7 @@ def folder(tmp_path):
 
 def test_flops_are_those_of_the_arithmetic(folder, tmp_path):
     out = tmp_path / "plan.json"
-    assert (
-        main(["plan", str(folder), "--samples", "4", "--sequence-length", "256", "--sparsity", "0", "-o", str(out)])
-        == 0
-    )
+    assert main(["plan", str(folder), "--preset", "fast", *SHORT, "--sparsity", "0", "-o", str(out)]) == 0
     plan, tokens, hidden, inner = json.loads(out.read_text()), 4 * 256, 256, 768
     # Both passes project and attend (chunks of 128 see 3/4 of the pairs); 5/8 of the Gram matrix is computed.
     attention = 2 * tokens * hidden * (256 + 128 + 128) + 2 * 2 * tokens * 256 * 256 * 0.75
@@ -74,7 +79,10 @@ def test_flops_are_those_of_the_arithmetic(folder, tmp_path):
         (["--devices", "abacus"], "expected for example v5e-16"),
         (["--flops", "many"], "--flops takes"),
         (["--sequence-length", "4096"], "--sequence-length"),
-        (["--device-memory", "1KiB", "--samples", "4", "--sequence-length", "256"], "a device has 0.00 GiB"),
+        (["--device-memory", "1KiB", "--preset", "fast", *SHORT], "a device has 0.00 GiB"),
+        (["--residency", "disk"], "give --refine 0 with --residency disk"),
+        (["--ratios", "fish", *SHORT], "unknown ratios 'fish'"),
+        (["--preset", "best"], "--preset"),
     ],
 )
 def test_refusals(folder, capsys, args, says):
@@ -89,3 +97,47 @@ def test_a_missing_field_is_named(tmp_path, capsys):
     write_json(tmp_path / "config.json", {k: v for k, v in tiny_config().items() if k != "hidden_size"})
     assert main(["plan", str(tmp_path)]) == 2
     assert "hidden_size" in capsys.readouterr().err
+
+
+def plan_of(folder, tmp_path, *args):
+    out = tmp_path / "plan.json"
+    assert main(["plan", str(folder), *SHORT, *args, "-o", str(out)]) == 0
+    return json.loads(out.read_text())
+
+
+def test_the_default_preset_is_planned_and_what_to_leave_out_is_named(folder, tmp_path):
+    plan, config = plan_of(folder, tmp_path), describe(str(folder))
+    assert (plan["run"]["ratios"], plan["run"]["refine"]) == ("kl", 2)
+    assert {"kl", "refinement"} <= plan["phase_bytes"].keys() & plan["flops_per_device"].keys()
+    loop = [size for phase, size in plan["phase_bytes"].items() if phase != "refinement"]
+    with pytest.raises(InputError, match=r"; --refine 0 fits"):
+        refuse("m", config, plan | {"device_bytes": 2 * max(loop)}, max(loop), None)
+    host = max(loop) // 2  # as of a model of more layers
+    plan["device_bytes_by_residency"]["host"] = host
+    with pytest.raises(InputError, match=r"; --residency host --refine 0 fits"):
+        refuse("m", config, plan, host, None)
+
+
+def test_flops_of_whole_models_are_those_of_their_programs(folder, tmp_path):
+    plan = plan_of(folder, tmp_path, "--ratios", "fisher", "--refine", "1", "--sparsity", "0.3")
+    config, flops = describe(str(folder)), plan["flops_per_device"]
+    programs = {name: program["flops"] for name, program in plan["programs"].items()}
+    layers, head = config.num_layers, 2 * 256 * config.vocab_size * config.hidden_size
+    found = layers * (programs["gradients: forward"] + programs["gradients: backward"]) + 2 * 4 * head
+    assert flops["gradients"] == pytest.approx(found, rel=0.1)
+    # Three training windows and one that is held out: its predictions take two products with the head.
+    forward, back = layers * programs["gradients: forward"], layers * programs["refinement: backward"]
+    found = forward + 3 * (4 / 3 * back + 3 * head) + 2 * (back / 3 + 3 * head)
+    assert flops["refinement"] == pytest.approx(found, rel=0.1)
+
+
+def test_divergences_take_the_loop_and_the_layers_behind():
+    shape = LayerShape(uniform_query_to_kv(2, 1), 8, 8, 8, 32)
+    config = ModelConfig("llama", 64, 16, 8, 8, (shape,) * 2)
+    run = Run("data=1", "device", 16, 64, 2**20, "float32", ratios="kl_curves")
+    work = whole_model_work(config, config, run, MeshSizes(1, 1))["kl"]
+    loop = {"attention": 1.0, "head moments": 2.0, "kept attention": 4.0, "MLP": 8.0, "output": 16.0, "solves": 32.0}
+    assert work.of(loop) - work.flops == 7 / 8 * (1 + 2 + 3 * 4 + 8 + 16) + 3 * 32
+    # Six measurements of two layers and six of one, the dense pass of two, and on to the second layer.
+    layer, head = forward_flops(config, 64) / 2, head_flops(config, 2 * 64)
+    assert work.flops == pytest.approx(2 * (6 * 2 + 6 + 2 + 1) * layer + (12 + 2) * head)
