@@ -29,7 +29,7 @@ def solver_precision() -> Iterator[None]:
         yield
 
 
-def _solver_device() -> jax.Device:
+def _solver_device() -> Any:
     device = jax.local_devices()[0]
     return device if device.platform in ("cpu", "gpu") else jax.local_devices(backend="cpu")[0]
 
