@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import hashlib
 import os
 import sys
@@ -78,8 +79,13 @@ def only_first_speaks() -> Iterator[None]:
     if is_first():
         yield
         return
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        yield
+    before = logging.root.manager.disable
+    logging.disable()  # its handlers have the stream that was there before
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def barrier(name: str) -> None:
