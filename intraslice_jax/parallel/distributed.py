@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import hashlib
+import logging
 import os
 import sys
 import threading
