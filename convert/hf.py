@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ from intraslice_jax.convert.sources import open_folder, read_json
 from intraslice_jax.convert.tokenizer import tokenizer_from_folder
 from intraslice_jax.errors import InputError
 from intraslice_jax.model import StoredModel
+
+log = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
@@ -84,6 +87,7 @@ def fetch_config(hub_id: str) -> Path:
     """
     from huggingface_hub import hf_hub_download
 
+    log.info("asking the Hugging Face hub for model %s", hub_id)
     with _hub_errors(hub_id):
         return Path(hf_hub_download(hub_id, "config.json")).parent
 

@@ -105,6 +105,7 @@ def _parse(given: list[str], modules: dict[str, ModuleType]) -> tuple[str, Any]:
 def _prepare_process() -> None:
     """Settings that must precede the import of jax and transformers; the user's own are kept."""
     logging.basicConfig(format="%(message)s")  # before a library has its own way
+    logging.getLogger("intraslice_jax").setLevel(logging.INFO)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "intraslice" / "jax"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import logging
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from intraslice_jax.errors import InputError
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
+
+log = logging.getLogger(__name__)
 
 _JOIN = "\n\n"
 
@@ -177,6 +180,8 @@ def _load(recipe: Recipe, name: str, split: str) -> Dataset:
             if wanted not in recipe.files:
                 raise InputError(f"data set {name} has no split {split!r}; its splits are {_list(recipe.files)}")
             arguments["data_files"] = {wanted: recipe.files[wanted]}
+        if not folder.exists():  # without a network the hub's library tries for half a minute
+            log.info("asking the Hugging Face hub for data set %s", recipe.path)
         return datasets.load_dataset(recipe.path, recipe.config, **arguments)
     except InputError:
         raise

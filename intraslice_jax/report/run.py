@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from intraslice_jax.errors import InputError
+
+log = logging.getLogger(__name__)
 
 REQUIRED = ("layers", "dense_layers", "removed_by_layer", "removed_block_fraction", "block_parameters", "stages")
 
@@ -89,11 +92,15 @@ def read_run(folder: str | Path) -> Run:
         )
     for path in sorted(folder.glob("*.json")):
         results = _evaluation(path)
+        if not results:
+            continue
         which = _which(report, results)
-        if which is not None and "perplexity" in results:
+        if which is None:
+            log.warning("%s: left out, it measures neither the dense nor the pruned model of this run", path)
+            continue
+        if "perplexity" in results:
             setattr(_perplexity(found.perplexities, results), which, results["perplexity"])
-        if which is not None:
-            _add_tasks(found.tasks, results.get("tasks", []), which)
+        _add_tasks(found.tasks, results.get("tasks", []), which)
     return found
 
 

@@ -106,7 +106,7 @@ def evaluation(run, which, **facts):
     return {**counts, "settings": {}, **facts}
 
 
-def test_results_of_eval_in_the_folder_are_taken_in(copy):
+def test_results_of_eval_in_the_folder_are_taken_in(copy, caplog):
     task = {"task": "piqa <b>", "items": 50, "num_fewshot": 0, "version": "1", "metrics": {"acc": 0.625}}
     text = {"text": "other", "sequence_length": 64, "evaluated_tokens": 630, "text_sha256": "f" * 64}
     for which, acc, perplexity in (("dense", 0.625, 11.5), ("pruned", 0.5, 12.25)):
@@ -115,6 +115,8 @@ def test_results_of_eval_in_the_folder_are_taken_in(copy):
     write_json(copy / "another model.json", {**evaluation(copy, "dense", perplexity=1.0, **text), "parameters": 1})
     (copy / "notes.json").write_text("no JSON")
     assert main(["report", str(copy)]) == 0
+    (left_out,) = caplog.messages
+    assert left_out.startswith(f"{copy / 'another model.json'}: left out")
     found = read_run(copy)
     assert [(p.text, p.dense, p.pruned) for p in found.perplexities][1:] == [("other", 11.5, 12.25)]
     (score,) = found.tasks
