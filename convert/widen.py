@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from intraslice_jax.config import LayerShape, ModelConfig
+from intraslice_jax.config import ModelConfig
 from intraslice_jax.convert.families import default_rope_pairs
 from intraslice_jax.models.decoder import abstract_arrays
+from intraslice_jax.models.padding import query_places
 
 
 @dataclass(frozen=True)
@@ -113,15 +114,6 @@ class WidenedArrays(Mapping[str, np.ndarray]):
                 return heads[:, None], values
             case _:  # the bias of the o-projection
                 return (slice(None),)
-
-
-def query_places(narrow: LayerShape, wide: LayerShape) -> np.ndarray:
-    """Where each query head stands in a layer with larger groups: [heads]."""
-    starts = [wide.query_to_kv.index(kv) for kv in range(narrow.num_key_value_heads)]
-    places = []
-    for head, kv in enumerate(narrow.query_to_kv):
-        places.append(starts[kv] + head - narrow.query_to_kv.index(kv))
-    return np.asarray(places)
 
 
 def whole_head_frame(

@@ -236,8 +236,8 @@ class PruneConfig:
         sparsity: fraction of the attention and MLP parameters of the decoder layers to remove, in [0, 1).
         method: the pruning method, a name of `intraslice_jax.prune.methods`.
         ratios: what spreads it over layers and modules: `uniform`, `fisher`, `fisher_pca`, `fisher_components`, `kl`,
-            `kl_curves`, or a JSON or YAML file with the lists `attention` and `mlp` (then the file says how much is
-            removed, too).
+            `kl_curves`, `search`, or a JSON or YAML file with the lists `attention` and `mlp` and perhaps `heads`
+            (then the file says how much is removed, too).
         max_ratio: the most that a layer's attention or MLP may lose.
         kind_bias: the ratio of all attentions divided by the ratio of all MLPs.
         gradient_group: calibration sequences whose gradients are summed before they are squared.
@@ -257,6 +257,9 @@ class PruneConfig:
             of the greatest effect on the module's output (`outputs`).
         pair_selection: how RoPE pairs are chosen: `products` (the paper's) by the mean |q k| of one position, `logits`
             by their joint effect on the attention logits, kept pairs making up for dropped ones.
+        search_rounds: of `ratios: search`, at most.
+        search_seconds: after which a search takes the best it has, 0 for no limit; with a limit the result depends on
+            the machine.
         refine: passes over the calibration text in which the pruned model is learned further towards the dense model's
             predictions, 0 for none.
         output_biases: give the o- and down-projections biases where the family has none, for methods that fill
@@ -281,6 +284,8 @@ class PruneConfig:
     selection_noise: float = 0.0
     value_basis: Literal["activations", "outputs"] = "activations"
     pair_selection: Literal["products", "logits"] = "products"
+    search_rounds: int = 2
+    search_seconds: float = 0.0
     refine: int = 0
     output_biases: bool = False
     batch_size: int = 0
@@ -311,6 +316,10 @@ class PruneConfig:
             raise InputError(f"value_basis must be activations or outputs, found {self.value_basis!r}")
         if self.pair_selection not in ("products", "logits"):
             raise InputError(f"pair_selection must be products or logits, found {self.pair_selection!r}")
+        if self.search_rounds < 1:
+            raise InputError(f"search_rounds must be at least 1, found {self.search_rounds}")
+        if not 0 <= self.search_seconds < float("inf"):
+            raise InputError(f"search_seconds must be 0 (no limit) or more, found {self.search_seconds}")
         if self.refine < 0:
             raise InputError(f"refine must be 0 (not at all) or more passes, found {self.refine}")
         if self.batch_size < 0:

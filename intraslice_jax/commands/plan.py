@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from intraslice_jax.commands._types import Config, Dtype, JsonOutput, Model
-from intraslice_jax.config import DEFAULT_PRESET, check_refine, preset
+from intraslice_jax.config import DEFAULT_PRESET, PruneConfig, check_refine, preset
 
 if TYPE_CHECKING:
     from intraslice_jax.planning.devices import Accelerator
@@ -29,7 +29,7 @@ class Options:
         preset: of `prune`; says the ratios and the refinement that are not given.
         ratios: as for `prune`; those of a file count as uniform ones.
         refine: passes of the refinement, as for `prune`; it needs all weights on the devices.
-        sparsity, samples, sequence_length, memory_budget: as for `prune`.
+        search_rounds, sparsity, samples, sequence_length, memory_budget: as for `prune`.
         dtype: of the weights.
         output: JSON file to write the plan to.
         overwrite: replace it if it exists.
@@ -46,6 +46,7 @@ class Options:
     sparsity: float = 0.3
     ratios: str | None = None
     refine: int | None = None
+    search_rounds: int = PruneConfig.search_rounds
     samples: int = 128
     sequence_length: int = 2048
     memory_budget: int = 512 * 2**20
@@ -86,6 +87,7 @@ def run(options: Options) -> None:
         options.sparsity,
         ratios,
         refine,
+        options.search_rounds,
     )
     model = describe(options.model)
     rates = _rates(options.flops, accelerator)

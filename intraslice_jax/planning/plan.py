@@ -39,6 +39,7 @@ class Run:
     sparsity: float = 0.3
     ratios: str = "uniform"
     refine: int = 0
+    search_rounds: int = PruneConfig.search_rounds
 
 
 def make_plan(

@@ -13,8 +13,9 @@ from intraslice_jax.planning.programs import Program
 from intraslice_jax.planning.whole_memory import gradients_phase, kept_windows, kl_phase, refinement_phase
 from intraslice_jax.planning.whole_programs import WholeModelSteps
 from intraslice_jax.planning.whole_stages import held_out, judged, read_tokens
-from intraslice_jax.prune import refine, sensitivity
+from intraslice_jax.prune import divergence, refine
 from intraslice_jax.prune.estimators import FromGradients, find_estimator
+from intraslice_jax.prune.search import Search
 from intraslice_jax.prune.sensitivity import KLSensitivity
 
 if TYPE_CHECKING:
@@ -29,11 +30,13 @@ class WholeModel:
         setting: of the run.
         programs: those that it needs, by stage and step.
         batch: sequences of one step of the mask gradients, over all devices; 0 if there is none.
+        searches: whether widths are searched.
     """
 
     setting: Setting
     programs: Mapping[str, Program]
     batch: int
+    searches: bool = False
 
     @classmethod
     def of(cls, setting: Setting, run: Run, steps: WholeModelSteps) -> WholeModel:
@@ -48,12 +51,12 @@ class WholeModel:
             most = rows * automatic_batch(setting.dense, seq, estimator.matrices, setting.budget)
             batch = even_batch(samples, most, rows)
             programs |= steps.gradients(batch, estimator.matrices)
-        if isinstance(estimator, KLSensitivity):
-            held = held_out(samples, sensitivity.HELD_OUT)
+        if isinstance(estimator, KLSensitivity | Search):
+            held = held_out(samples, divergence.HELD_OUT)
             programs |= steps.kl(held, read_tokens(seq), judged(held, read_tokens(seq)))
         if run.refine and samples > held_out(samples, refine.HELD_OUT):
             programs |= steps.refinement()
-        return cls(setting, programs, batch)
+        return cls(setting, programs, batch, isinstance(estimator, Search))
 
     def phases(self, loop: Mapping[str, Mapping[str, int]], residency: Residency) -> dict[str, dict[str, int]]:
         """Bytes on the first device by stage, and by part.
@@ -68,9 +71,15 @@ class WholeModel:
         if self.batch:
             found["gradients"] = gradients_phase(setting, programs, residency, self.batch)
         if "kl: block" in programs:
-            held = held_out(setting.samples, sensitivity.HELD_OUT)
+            held = held_out(setting.samples, divergence.HELD_OUT)
             tokens = held * read_tokens(setting.seq)
             found["kl"] = kl_phase(setting, loop, programs, residency, held, tokens)
+            if self.searches:
+                # The best candidate, pruned and in the dense shapes, waits while the next one is pruned or measured.
+                layers = setting.dense.num_layers if residency == "device" else 1
+                candidate = layers * (setting.layer(setting.dense) + setting.layer(setting.pruned))
+                at_work = max(found["kl"], *loop.values(), key=lambda parts: sum(parts.values()))
+                found["search"] = {**at_work, "candidate": candidate}
         if "refinement: update" in programs and residency == "device":
             kept = kept_windows(setting.samples, held_out(setting.samples, refine.HELD_OUT), setting.mesh.data)
             found["refinement"] = refinement_phase(setting, programs, kept)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from intraslice_jax.config import ModelConfig
 from intraslice_jax.planning.memory import MeshSizes
-from intraslice_jax.prune import refine, sensitivity
+from intraslice_jax.prune import divergence, refine
 from intraslice_jax.prune.estimators import FromGradients, find_estimator
+from intraslice_jax.prune.search import Search
 from intraslice_jax.prune.sensitivity import KLSensitivity
 
 if TYPE_CHECKING:
@@ -22,22 +23,21 @@ class Work:
 
     Attributes:
         flops: of its own.
-        share: the part of the windows on which every module is pruned once alone, as in the loop; 0 if none is.
-        points: at how many ratios.
+        passes: how often the windows go through the loop.
+        reruns: how often through its attention with the kept heads.
+        solves: how often every module is solved for.
     """
 
     flops: float
-    share: float = 0.0
-    points: int = 0
+    passes: float = 0.0
+    reruns: float = 0.0
+    solves: float = 0.0
 
     def of(self, loop: Mapping[str, float], rate: float = 1.0) -> float:
         """All FLOPs given those of the loop by stage; or seconds given its seconds and FLOPs per second."""
-        if not self.points:
-            return self.flops / rate
-        # Moments are taken once; solves, and re-runs with the kept heads, are done for every ratio.
         once = sum(amount for name, amount in loop.items() if name not in ("solves", "kept attention"))
-        passes = once + self.points * loop["kept attention"]
-        return self.flops / rate + self.share * passes + self.points * loop["solves"]
+        again = self.reruns * loop["kept attention"] + self.solves * loop["solves"]
+        return self.flops / rate + self.passes * once + again
 
 
 def whole_model_work(config: ModelConfig, pruned: ModelConfig, run: Run, mesh: MeshSizes) -> dict[str, Work]:
@@ -53,12 +53,27 @@ def whole_model_work(config: ModelConfig, pruned: ModelConfig, run: Run, mesh: M
     estimator = find_estimator(run.ratios)
     if isinstance(estimator, FromGradients):
         found["gradients"] = Work(gradient_flops(config, samples, seq, estimator.matrices) / mesh.devices)
-    if isinstance(estimator, KLSensitivity):
-        held, points, read = held_out(samples, sensitivity.HELD_OUT), len(estimator.points), read_tokens(seq)
-        flops = divergence_flops(config, held, held * judged(held, read), read, points)
+    if isinstance(estimator, KLSensitivity | Search):
+        held, read = held_out(samples, divergence.HELD_OUT), read_tokens(seq)
+        share = (samples - held) / samples if samples > held else 1.0
         # Windows that the mesh does not divide go through every row of devices.
         devices = mesh.model if held % mesh.data else mesh.devices
-        found["kl"] = Work(flops / devices, (samples - held) / samples if samples > held else 1.0, points)
+
+        def measuring(points: int) -> float:
+            return divergence_flops(config, held, held * judged(held, read), read, points) / devices
+
+        points = len(estimator.points) if isinstance(estimator, KLSensitivity) else 1
+        found["kl"] = Work(measuring(points), share, share * points, points)
+        if isinstance(estimator, Search):
+            # A round prunes two candidates, and each layer's attention in six ways and its MLP in two.
+            rounds = run.search_rounds
+            pruned_models = 1 + 2 * rounds
+            found["search"] = Work(
+                rounds * measuring(4),
+                share * (rounds + pruned_models),
+                share * (6 * rounds + pruned_models),
+                4 * rounds + pruned_models,
+            )
     if run.refine and samples > (held := held_out(samples, refine.HELD_OUT)):
         flops = refinement_flops(config, pruned, samples, held, seq, run.refine)
         found["refinement"] = Work(flops / mesh.devices)
@@ -72,12 +87,12 @@ def held_out(samples: int, fraction: float) -> int:
 
 def read_tokens(seq: int) -> int:
     """How many tokens of a held-out window are read to measure divergences."""
-    return min(seq, sensitivity.CONTEXT)
+    return min(seq, divergence.CONTEXT)
 
 
 def judged(windows: int, read: int) -> int:
     """At how many of them predictions are compared."""
-    return max(1, min(sensitivity.JUDGED // windows, read))
+    return max(1, min(divergence.JUDGED // windows, read))
 
 
 def forward_flops(config: ModelConfig, seq: int) -> float:

@@ -110,7 +110,8 @@ def allocate_by_curves(
     taken[order] = np.clip((target - before) / np.maximum(sizes, np.finfo(np.float64).tiny), 0, 1)
     ratios = (taken.reshape(prices.shape) * np.diff(steps, axis=1)).sum(1)
     ratios = cap_and_spread(ratios, both, target)
-    return LayerRatios(*(tuple(float(r) for r in part) for part in np.split(ratios, 2)))
+    attention, mlp = (tuple(float(r) for r in part) for part in np.split(ratios, 2))
+    return LayerRatios(attention, mlp)
 
 
 STEPS = 5000
@@ -147,7 +148,7 @@ def _per_kind(config: ModelConfig, prune: PruneConfig, ratios_of) -> LayerRatios
         target = group.target(share)
         ratios = cap_and_spread(ratios_of(group, target, kind), group, target)
         found.append(tuple(float(r) for r in ratios))
-    return LayerRatios(*found)
+    return LayerRatios(found[0], found[1])
 
 
 def modules(config: ModelConfig, prune: PruneConfig) -> tuple[Modules, Modules]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from intraslice_jax.config import LayerShape, ModelConfig
 from intraslice_jax.errors import InputError
@@ -13,11 +15,33 @@ TOLERANCE = 0.005
 
 
 @dataclass(frozen=True)
+class HeadWidths:
+    """What stays of an attention: query heads, and channels of a query or key head and of a value head."""
+
+    num_attention_heads: int
+    qk_head_dim: int
+    v_head_dim: int
+
+
+@dataclass(frozen=True)
 class LayerRatios:
-    """Fraction of the channels to remove, per layer: of the o-projection's and of the down-projection's inputs."""
+    """Fraction of the channels to remove, per layer: of the o-projection's and of the down-projection's inputs.
+
+    Attributes:
+        attention, mlp: one ratio per layer.
+        heads: of every layer's attention, where that is decided too; its ratio is then one of parameters. Empty where
+            the method chooses heads and widths.
+    """
 
     attention: tuple[float, ...]
     mlp: tuple[float, ...]
+    heads: tuple[HeadWidths, ...] = ()
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> LayerRatios:
+        """Reads what `dataclasses.asdict` made, through JSON or not."""
+        heads = tuple(HeadWidths(**widths) for widths in data.get("heads", ()))
+        return cls(tuple(data["attention"]), tuple(data["mlp"]), heads)
 
     def sparsity(self, config: ModelConfig) -> float:
         """The fraction of the block parameters that these ratios ask for."""

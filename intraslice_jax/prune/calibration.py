@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,8 @@ from intraslice_jax.parallel.moments import MomentSum
 from intraslice_jax.parallel.placement import local, mesh_of, put_batch, put_weights, replicated, to_host
 from intraslice_jax.parallel.rules import RULES
 from intraslice_jax.stages import stage
+
+Weights = TypeVar("Weights", Array, np.ndarray)
 
 
 @dataclass
@@ -291,7 +293,7 @@ def fits(config: PruneConfig, stream: ResidualStream, per_batch: Any) -> bool:
     return len(stream.batches) * size <= config.memory_budget * ways(stream.mesh)
 
 
-def part(arrays: Mapping[str, Array], module: str) -> dict[str, Array]:
+def part(arrays: Mapping[str, Weights], module: str) -> dict[str, Weights]:
     """The arrays of one module of a block, by their names within it."""
     prefix = f"{module}."
     return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
@@ -334,7 +336,7 @@ def _all_finite(array: Array) -> Array:
 
 
 def replace(
-    arrays: Mapping[str, Array], module: str, new: Mapping[str, Array], mesh: Mesh | None = None
+    arrays: Mapping[str, Array], module: str, new: Mapping[str, Array | np.ndarray], mesh: Mesh | None = None
 ) -> dict[str, Array]:
     """The block's arrays with one module's exchanged, in the dtypes they had; those of process 0 on all processes."""
     cast = {

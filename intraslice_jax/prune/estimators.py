@@ -7,6 +7,7 @@ known to `--ratios name`.
 from __future__ import annotations
 
 import abc
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -23,9 +24,10 @@ from intraslice_jax.config import ModelConfig, PruneConfig
 from intraslice_jax.errors import InputError
 from intraslice_jax.model import LanguageModel
 from intraslice_jax.prune.allocation import UnitScores, allocate, allocate_evenly
-from intraslice_jax.prune.budget import LayerRatios
+from intraslice_jax.prune.budget import HeadWidths, LayerRatios
 from intraslice_jax.prune.linalg import eigh_descending, solver_precision, to_solver
 from intraslice_jax.prune.resume import RunLog
+from intraslice_jax.prune.search import Search
 from intraslice_jax.prune.sensitivity import KLSensitivity
 from intraslice_jax.settings import closest
 
@@ -238,7 +240,10 @@ def _squares(gradients: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 @dataclass(frozen=True)
 class FromFile:
-    """Ratios from a JSON or YAML file `{"attention": [...], "mlp": [...]}` with a number per layer."""
+    """Ratios from a JSON or YAML file `{"attention": [...], "mlp": [...]}` with a number per layer.
+
+    A list `heads` of `num_attention_heads`, `qk_head_dim` and `v_head_dim` per layer says what stays of the attentions.
+    """
 
     path: Path
 
@@ -255,6 +260,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "fisher_components": FisherComponents(),
     "kl": KLSensitivity(),
     "kl_curves": KLSensitivity((0.5, 1.0, 1.75)),
+    "search": Search(),
 }
 """Known estimators; may be added to."""
 
@@ -323,19 +329,35 @@ def read_ratios(path: Path, config: ModelConfig) -> LayerRatios:
     data = _read(path)
     if not isinstance(data, Mapping):
         raise InputError(f"{path} must hold the lists 'attention' and 'mlp', found {type(data).__name__}")
-    known = ("attention", "mlp")
+    known = ("attention", "mlp", "heads")
     for key in data:
         if key not in known:
             raise InputError(f"{path}: unknown key {key!r}; {closest(str(key), known)}")
     lists = []
-    for key in known:
+    for key in known[:2]:
         values = data.get(key)
         if not isinstance(values, list):
             raise InputError(f"{path}: {key!r} must be a list of {config.num_layers} ratios, found {values!r}")
         lists.append(tuple(_number(value, f"{path}: {key}[{i}]") for i, value in enumerate(values)))
-    ratios = LayerRatios(*lists)
+    ratios = LayerRatios(lists[0], lists[1], _heads(data.get("heads", []), path, config))
     _check_shape(ratios, config, str(path))
     return ratios
+
+
+def _heads(data: Any, path: Path, config: ModelConfig) -> tuple[HeadWidths, ...]:
+    """The widths of a file, checked against the model; none if it has no list of them."""
+    names = [field.name for field in dataclasses.fields(HeadWidths)]
+    if not isinstance(data, list) or len(data) not in (0, config.num_layers):
+        raise InputError(f"{path}: 'heads' must be a list of {config.num_layers} layers with {', '.join(names)}")
+    found = []
+    for i, (widths, shape) in enumerate(zip(data, config.layers, strict=False)):
+        for name in names:
+            value = widths.get(name) if isinstance(widths, Mapping) and widths.keys() == set(names) else None
+            full = getattr(shape, name)
+            if not isinstance(value, int) or not 1 <= value <= full:
+                raise InputError(f"{path}: heads[{i}] needs {name}, a whole number from 1 to {full}, found {widths!r}")
+        found.append(HeadWidths(**widths))
+    return tuple(found)
 
 
 def check_ratios(ratios: LayerRatios, model: ModelConfig, prune: PruneConfig, name: str) -> None:

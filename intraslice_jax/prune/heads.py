@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int
 
+from intraslice_jax.errors import InputError
 from intraslice_jax.prune.attention import HeadEnergies, even_width, plan_heads
 
 Grouping = Literal["ragged", "uniform"]
@@ -73,6 +74,30 @@ def plan_grouped_heads(
     candidates = [heads for heads in _grouped(energies, query_to_kv) if len(heads) == 1 or width(heads) >= 0.75 * full]
     best = max(candidates, key=lambda heads: energies.of(heads, width(heads)).sum())
     return best, even_width(kept_channels, len(best), full)
+
+
+def head_counts(query_to_kv: Sequence[int], grouping: Grouping) -> list[int]:
+    """The numbers of query heads that a layer may keep, ascending."""
+    if grouping == "ragged":
+        return list(range(1, len(query_to_kv) + 1))
+    sizes = [query_to_kv.count(kv) for kv in set(query_to_kv)]
+    counts = {m * n for m in range(1, max(sizes) + 1) for n in range(1, sum(size >= m for size in sizes) + 1)}
+    return sorted(counts)
+
+
+def strongest_heads(
+    energies: HeadEnergies, count: int, query_to_kv: Sequence[int], grouping: Grouping
+) -> Int[np.ndarray, " kept"]:
+    """That many heads of the greatest energy, ascending.
+
+    Raises:
+        InputError: the grouping does not allow that number.
+    """
+    candidates = _grouped(energies, query_to_kv) if grouping == "uniform" else _nested(energies)
+    fitting = [heads for heads in candidates if len(heads) == count]
+    if not fitting:
+        raise InputError(f"an attention of {len(query_to_kv)} heads cannot keep {count} with grouping {grouping}")
+    return max(fitting, key=lambda heads: energies.total[heads].sum())
 
 
 def _nested(energies: HeadEnergies) -> Iterator[np.ndarray]:

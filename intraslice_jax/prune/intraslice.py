@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import jax.numpy as jnp
 import numpy as np
 
 from intraslice_jax.parallel.placement import mesh_of
 from intraslice_jax.prune.attention import AttentionPlan, HeadEnergies, fuse_attention, plan_widths, query_key_maps
+from intraslice_jax.prune.budget import HeadWidths
 from intraslice_jax.prune.calibration import AttentionCalibration, MLPCalibration
-from intraslice_jax.prune.heads import choose_heads
+from intraslice_jax.prune.heads import choose_heads, strongest_heads
 from intraslice_jax.prune.iterative import IterativeSettings
 from intraslice_jax.prune.linalg import solver_precision
 from intraslice_jax.prune.method import PrunedAttention, PrunedMLP
@@ -32,9 +34,11 @@ class IntraSlice:
 
     Attributes:
         layout: the shape that all layers get; None where each has its own.
+        heads: what stays of the attention, by layer, where that is decided already.
     """
 
     layout: UniformLayout | None = None
+    heads: Mapping[int, HeadWidths] = field(default_factory=dict)
 
     @stage("attention solves")
     def prune_attention(self, layer: AttentionCalibration, ratio: float) -> PrunedAttention:
@@ -44,17 +48,21 @@ class IntraSlice:
         with solver_precision():
             energies = HeadEnergies(arrays["o_proj"], moments.head_gram)
 
-        def plan_for(heads: np.ndarray, width: int) -> AttentionPlan:
+        def plan_for(heads: np.ndarray, width: int, v_width: int | None = None) -> AttentionPlan:
             kept = tuple(int(h) for h in heads)
-            return AttentionPlan(kept, tuple(shape.query_to_kv[h] for h in kept), *plan_widths(width, shape), width)
+            to_kv = tuple(shape.query_to_kv[h] for h in kept)
+            return AttentionPlan(kept, to_kv, *plan_widths(width, shape), width if v_width is None else v_width)
 
         def cost(heads: np.ndarray, width: int) -> int:
             return layer.model.attention_parameters(plan_for(heads, width).shape_of(shape))
 
         budget = channels_in - round(channels_in * ratio)
-        config, allowed = layer.config, layer.parameter_range
+        config, allowed, widths = layer.config, layer.parameter_range, self.heads.get(layer.index)
         if self.layout is not None:
             plan = self.layout.attention_plan(energies, shape)
+        elif widths is not None:
+            heads = strongest_heads(energies, widths.num_attention_heads, shape.query_to_kv, config.grouping)
+            plan = plan_for(heads, widths.qk_head_dim, widths.v_head_dim)
         else:
             plan = plan_for(*choose_heads(energies, budget, shape.query_to_kv, config.grouping, cost, allowed))
         if plan.keeps_all(shape):

@@ -111,6 +111,10 @@ def prune_model(
         ratios = ratios or _ratios(model, windows, config, on_batch, run_log)
         clock.finish("ratios")
         batch = batch_size(model.config, windows.shape, config, ways(mesh))
+        if ratios.heads:
+            if not isinstance(method, IntraSlice):
+                raise InputError(f"only method intraslice takes widths of heads, found method {config.method}")
+            method = IntraSlice(heads=dict(enumerate(ratios.heads)))
         layout = None
         if config.layout == "uniform":
             layout = _layout(model, ResidualStream.start(model, windows, batch), ratios, config, run_log)
@@ -161,7 +165,7 @@ def _ratios(
 ) -> LayerRatios:
     """Those that the log holds; else estimates them, and keeps them there if that took a pass over the text."""
     if run_log is not None and (kept := run_log.get("ratios")) is not None:
-        return LayerRatios(tuple(kept["attention"]), tuple(kept["mlp"]))
+        return LayerRatios.from_json(kept)
     found = estimate_ratios(model, windows, config, on_batch, run_log)
     if run_log is not None and not isinstance(find_estimator(config.ratios), Uniform | FromFile):
         run_log.put("ratios", dataclasses.asdict(found))

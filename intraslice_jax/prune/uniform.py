@@ -101,7 +101,7 @@ def check_uniform_layout(model: ModelConfig, ratios: LayerRatios, config: PruneC
     """Raises InputError for settings and models that a common shape contradicts."""
     if config.method != "intraslice":
         raise InputError(f"layout uniform is a plan of method intraslice, found method {config.method}")
-    if len(set(ratios.attention)) > 1 or len(set(ratios.mlp)) > 1:
+    if len(set(ratios.attention)) > 1 or len(set(ratios.mlp)) > 1 or ratios.heads:
         raise unlike(config)
     widths = {dataclasses.replace(shape, rotary_dim=0, sliding_window=None) for shape in model.layers}
     rotated = {shape.rotary_dim for shape in model.layers if shape.rotary_dim}

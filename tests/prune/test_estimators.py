@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -11,7 +12,7 @@ from intraslice_jax.errors import InputError, RunError
 from intraslice_jax.models.decoder import decoder_to_arrays
 from intraslice_jax.prune import estimators
 from intraslice_jax.prune.allocation import UnitScores
-from intraslice_jax.prune.budget import LayerRatios
+from intraslice_jax.prune.budget import HeadWidths, LayerRatios
 from intraslice_jax.prune.estimators import (
     ESTIMATORS,
     Eigenbases,
@@ -73,7 +74,9 @@ def test_ratios_agree_with_the_definition_on_the_same_gradients(name, sparsity):
 
 
 @pytest.mark.parametrize("flavour", ["ragged", "phi"])
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize(
+    "name", sorted(ESTIMATORS.keys() - {"search"})
+)  # which gives what whole heads and widths allow
 def test_every_flavour_gets_ratios_that_add_up(name, flavour):
     model = make(flavour)
     found = estimate_ratios(model, windows(3, 16), PruneConfig(0.3, ratios=name, align=1))
@@ -199,8 +202,9 @@ def test_reported_ratios_can_be_used_again(tmp_path):
     model = make()
     ratios = estimate_ratios(model, windows(), PruneConfig(0.3, ratios="fisher"))
     path = tmp_path / "ratios.json"
-    path.write_text(json.dumps({"attention": ratios.attention, "mlp": ratios.mlp}))
-    assert estimate_ratios(model, windows(), PruneConfig(ratios=str(path))) == ratios
+    for found in (ratios, dataclasses.replace(ratios, heads=(HeadWidths(3, 6, 8), HeadWidths(1, 8, 2)))):
+        path.write_text(json.dumps(dataclasses.asdict(found)))
+        assert estimate_ratios(model, windows(), PruneConfig(ratios=str(path))) == found
 
 
 @pytest.mark.parametrize(
@@ -216,6 +220,11 @@ def test_reported_ratios_can_be_used_again(tmp_path):
         ('{"attention": [0.1, 0.2]}', "'mlp' must be a list of 2 ratios, found None"),
         ('{"attention": 0.3, "mlp": [0.1, 0.2]}', "'attention' must be a list of 2 ratios, found 0.3"),
         ('{"attentoin": [0.1, 0.2], "mlp": [0.1, 0.2]}', "unknown key 'attentoin'; did you mean 'attention'"),
+        (
+            '{"attention": [0.1, 0.2], "mlp": [0.1, 0.2], "heads": [{"num_attention_heads": 2}, {}]}',
+            r"heads\[0\] needs num_attention_heads, a whole number from 1 to 4, found",
+        ),
+        ('{"attention": [0.1, 0.2], "mlp": [0.1, 0.2], "heads": 3}', "'heads' must be a list of 2 layers with num_att"),
         ("[0.1, 0.2]", "must hold the lists 'attention' and 'mlp', found list"),
         ('{"attention": [0.1', "not readable as JSON or YAML"),
     ],
@@ -234,7 +243,7 @@ def test_bad_files(tmp_path, text, message):
         ("fischer", "unknown ratios 'fischer'; did you mean 'fisher'"),
         (
             "xyz",
-            "known are fisher, fisher_components, fisher_pca, kl, kl_curves, uniform; or name a .json or .yaml file",
+            "known are fisher, fisher_components, fisher_pca, kl, kl_curves, search, uniform; or name a .json or .yaml file",
         ),
         ("missing.yaml", "missing.yaml does not exist; --ratios takes a file of ratios or one of uniform, fisher"),
     ],

@@ -1,0 +1,35 @@
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from intraslice_jax.config import PruneConfig
+from intraslice_jax.models.decoder import decoder_to_arrays, run_block
+from intraslice_jax.prune.pipeline import prune_model
+from intraslice_jax.prune.trials import padded_block
+from tests.prune.flavours import make, windows
+
+
+@pytest.mark.parametrize("flavour", ["gqa", "ragged", "biases", "partial", "phi"])
+def test_a_padded_layer_computes_the_same(flavour):
+    dense = make(flavour)
+    pruned = prune_model(dense, windows(6), PruneConfig(0.4, align=2, iterative="never"))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 9, 16)), jnp.float32)
+    rope = dense.decoder.rope_for(9)
+    for i, layer in enumerate(pruned.decoder.layers):
+        padded = padded_block(pruned, dense, i)
+        shapes = [{n: a.shape for n, a in decoder_to_arrays(b).items()} for b in (padded, dense.decoder.layers[i])]
+        assert shapes[0] == shapes[1]
+        np.testing.assert_allclose(run_block(padded, x, rope), run_block(layer, x, rope), rtol=0, atol=2e-5)
+
+
+def test_pruning_to_widths_gives_these_widths():
+    from intraslice_jax.prune.budget import HeadWidths, LayerRatios
+
+    dense = make("gqa", layers=3)
+    heads = (HeadWidths(4, 6, 8), HeadWidths(3, 8, 4), HeadWidths(1, 4, 6))
+    config = dataclasses.replace(PruneConfig(0.3, align=2), iterative="never")
+    pruned = prune_model(dense, windows(6), config, ratios=LayerRatios((0.1, 0.2, 0.5), (0.2, 0.3, 0.4), heads))
+    found = [HeadWidths(s.num_attention_heads, s.qk_head_dim, s.v_head_dim) for s in pruned.config.layers]
+    assert tuple(found) == heads
