@@ -329,7 +329,7 @@ class Journal:
             problem = _damage(self._entry(name, step))
             if problem is None:
                 return step
-            log.warning("%s; the state before it is used", problem)
+            log.warning("%s; what was learned since the state before it is learned again", problem)
         return -1
 
     def _drop_before(self, part: str, index: int) -> None:

@@ -51,7 +51,7 @@ def start(config: ParallelConfig) -> None:
         )
     if config.num_processes is not None and not 0 <= (config.process_id or 0) < config.num_processes:
         raise InputError(f"--process-id {config.process_id} is not below --num-processes {config.num_processes}")
-    if jax.config.jax_platforms == "cpu":
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
         os.environ.setdefault("NPROC", str(max(_CPU_THREADS, os.cpu_count() or 1)))  # read by XLA
     with _deadline(config):
         try:

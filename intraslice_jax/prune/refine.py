@@ -39,8 +39,11 @@ HELD_OUT = 1 / 8
 STATE = "refinement"
 """What a run's log calls the state of the learner."""
 
+BYTES_LEARNED = 12
+"""Of the state, for every weight that is learned: itself and two moments, float32."""
+
 KEPT_STATES = 4
-"""How often in a pass the state is kept at most: it takes twelve bytes per weight."""
+"""How often in a pass the state is kept at most."""
 
 LEAST_SECONDS = 60.0
 """Between two states: what is learned in less is as soon learned again as written."""

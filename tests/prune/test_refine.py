@@ -212,7 +212,7 @@ def test_a_damaged_state_is_not_used(tmp_path, caplog):
             journal.begin({})
             assert journal.get_state(STATE) is None
         assert "00018 is damaged" in caplog.text
-        assert "the state before it is used" in caplog.text
+        assert "learned again" in caplog.text
         file.write_bytes(whole)
     (state / "facts.json").write_bytes(b"")
     found, told = learned(model, pruned, tokens, tmp_path / "journal")
