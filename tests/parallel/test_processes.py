@@ -119,6 +119,17 @@ def test_two_processes_with_their_parts_of_the_layers_in_host_memory(options, on
     assert sorted(p.name for p in tmp_path.iterdir()) == ["two"]
 
 
+@pytest.mark.slow
+def test_two_processes_go_on_with_a_refinement(tmp_path):
+    port = str(free_port())
+    command = ["-m", "tests.parallel.refining", port]
+    both = [start([*command, str(i), str(tmp_path / "journal")], devices=2) for i in range(2)]
+    for code, output, errors in finish(both):
+        assert code == 0, errors
+        # Fourteen windows twice, two in a step; a state is kept after the first.
+        assert f"same {' '.join(map(str, range(4, 29, 2)))}" in output
+
+
 def peer(port: int, number: int, fate: str) -> subprocess.Popen:
     return start(["-m", "tests.parallel.peers", str(port), str(number), fate])
 
