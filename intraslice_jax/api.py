@@ -45,7 +45,8 @@ def load(
         mesh: devices to spread the weights over (`intraslice_jax.parallel.mesh.make_mesh`); each process reads only
             the parts of its own. What is done with the model then runs on the mesh.
         residency: where the layers are: all on the devices, or in host memory or their files until they are used.
-            Then two of them at most are on the devices.
+            Then two of them at most are on the devices. Of several processes each has, there too, only the parts of
+            its own devices.
 
     Raises:
         InputError: the source does not exist, is damaged, or is of an unsupported architecture.
@@ -53,11 +54,6 @@ def load(
     if residency not in ("device", "host", "disk"):
         raise InputError(f"residency must be device, host or disk, found {residency!r}")
     if residency != "device":
-        if jax.process_count() > 1:
-            raise InputError(
-                f"residency {residency} works in one process, found {jax.process_count()}; use residency device, where "
-                "every process holds its parts of the weights"
-            )
         return open_stored(source, dtype).streamed(mesh, host=residency == "host")
     if is_checkpoint(source):
         return cast(restore(source, mesh), dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,8 @@ from intraslice_jax.config import ModelConfig
 from intraslice_jax.errors import InputError
 from intraslice_jax.models.decoder import Decoder, abstract_arrays, decoder_from_arrays, decoder_to_arrays
 from intraslice_jax.models.streamed import StreamedDecoder
-from intraslice_jax.parallel.placement import mesh_of, put_parts, put_weights
+from intraslice_jax.parallel.mesh import is_shared
+from intraslice_jax.parallel.placement import LocalParts, mesh_of, put_parts, put_weights
 from intraslice_jax.parallel.rules import weight_shardings
 
 
@@ -53,6 +54,7 @@ class StoredModel:
     Attributes:
         arrays: NumPy arrays by dotted path; every access reads the array anew.
         dtype: the name of the weights' dtype.
+        mesh: where several processes put the arrays that they write together.
         config, tokenizer, name, generation_config, report: as in `LanguageModel`.
     """
 
@@ -63,13 +65,14 @@ class StoredModel:
     name: str
     generation_config: dict[str, Any] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
+    mesh: Mesh | None = None
 
     def in_memory(self, mesh: Mesh | None = None) -> LanguageModel:
         """Reads all arrays onto the default device, or onto a mesh."""
         if mesh is None:
             arrays = {path: jnp.asarray(self.arrays[path]) for path in self.arrays}
         else:
-            shapes = {path: tuple(a.shape) for path, a in abstract_arrays(self.config).items()}
+            shapes = self._shapes()
             shardings = weight_shardings(shapes, mesh)
             arrays = {
                 path: put_parts(self.arrays, path, shapes[path], sharding) for path, sharding in shardings.items()
@@ -81,10 +84,28 @@ class StoredModel:
 
         Args:
             mesh: where to; None for one device.
-            host: read all arrays into host memory once, instead of each from its file whenever it is used.
+            host: read all arrays into host memory once, instead of each from its file whenever it is used. Of
+                several processes each has the parts of its own devices there.
         """
-        arrays = {path: self.arrays[path] for path in self.arrays} if host else self.arrays
+        arrays = self.arrays
+        if host and is_shared(mesh):
+            shapes = self._shapes()
+            arrays = LocalParts.read(arrays, shapes, weight_shardings(shapes, mesh, quiet=True))
+        elif host:
+            arrays = {path: arrays[path] for path in arrays}
         return self._with(StreamedDecoder(self.config, arrays, mesh))
+
+    def items(self) -> Iterator[tuple[str, Any]]:
+        """Paths and arrays, one after the other; on the mesh where that is of several processes."""
+        if not is_shared(self.mesh):
+            yield from ((path, self.arrays[path]) for path in self.arrays)
+            return
+        shapes = self._shapes()
+        for path, sharding in weight_shardings(shapes, self.mesh, quiet=True).items():
+            yield path, put_parts(self.arrays, path, shapes[path], sharding)
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {path: tuple(array.shape) for path, array in abstract_arrays(self.config).items()}
 
     def _with(self, decoder: Decoder) -> LanguageModel:
         return LanguageModel(self.config, decoder, self.tokenizer, self.name, self.generation_config, self.report)
@@ -95,7 +116,7 @@ def as_stored(model: LanguageModel | StoredModel) -> LanguageModel | StoredModel
     if isinstance(model, StoredModel) or not isinstance(model.decoder, StreamedDecoder):
         return model
     dtype = str(model.decoder.embed_tokens[...].dtype)
-    facts = (model.tokenizer, model.name, model.generation_config, model.report)
+    facts = (model.tokenizer, model.name, model.generation_config, model.report, model.decoder.mesh)
     return StoredModel(model.config, model.decoder.arrays, dtype, *facts)
 
 

@@ -69,7 +69,8 @@ def save(model: LanguageModel | StoredModel, path: str | Path, overwrite: bool =
         metadata = {"description": description, "report": json.loads(json.dumps(model.report))}
         state = folder.absolute() / "state"
         if stored:
-            write_streamed(state, model.arrays, abstract_arrays(model.config, model.dtype), metadata)
+            abstract = abstract_arrays(model.config, model.dtype)
+            write_streamed(state, model.items(), abstract, metadata)
         else:
             ocp.save(str(state), decoder_to_arrays(model.decoder), custom_metadata=metadata)
         if is_first():

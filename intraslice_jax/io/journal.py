@@ -6,6 +6,7 @@
         NAME/              sums that grow during a pass over the text: arrays.safetensors, facts.json, SHA256SUMS
         layers/00007/      a pruned layer: state/ (Orbax), facts.json, SHA256SUMS
         streams/00007/     likewise the residual stream behind it; the latest two are kept
+        NAME/00007/        likewise what is learned of all layers, after so many steps; the latest one is kept
 
 Everything appears under its name only when it is complete and on the disk, and is checked by digest before it is used.
 """
@@ -31,7 +32,7 @@ from safetensors.numpy import load_file, save_file
 from intraslice_jax.errors import InputError, RunError
 from intraslice_jax.io.atomic import flush, flush_one, write_bytes
 from intraslice_jax.io.digests import damage, write_digests
-from intraslice_jax.io.streaming import StreamedArrays, frugal
+from intraslice_jax.io.streaming import StreamedArrays, frugal, write_streamed
 from intraslice_jax.parallel.distributed import from_first, is_first, shared_folder
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ KEPT_STREAMS = 2
 class Journal:
     """Keeps the state of one run in a folder; see `prune.resume.RunLog`.
 
-    One process writes layers in the background, in order; several write together, and wait.
+    One process writes layers and states in the background, in order; several write together, and wait.
 
     Args:
         folder: the journal's; all hosts must see it.
@@ -126,6 +127,40 @@ class Journal:
         if is_first():
             shutil.rmtree(self._folder / name, ignore_errors=True)
 
+    def get_state(self, name: str) -> tuple[Mapping[str, np.ndarray], dict[str, Any]] | None:
+        """The latest state; one that is damaged is left out, with a warning."""
+        step = int(from_first(np.int32(self._sound_state(name) if is_first() else -1)))
+        if step < 0:
+            return None
+        log.warning("%s: going on behind step %d of the %s", self._folder, step, name)
+        entry = self._entry(name, step)
+        return _stored(entry), _facts(entry)
+
+    def put_state(self, name: str, step: int, arrays: Mapping[str, Array], facts: Mapping[str, Any]) -> None:
+        """Keeps a state instead of those before it, array by array, and waits until it is on the disk.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        self.flush()
+
+        def write(work: Path) -> None:
+            abstract = {key: jax.ShapeDtypeStruct(a.shape, a.dtype) for key, a in arrays.items()}
+            write_streamed(work.absolute() / "state", arrays.items(), abstract)
+
+        def keep() -> None:
+            if is_first():
+                self._create()
+            self._write_entry(self._entry(name, step), write, facts)
+            if is_first():
+                self._drop_before(name, step)
+
+        if jax.process_count() > 1:
+            keep()
+        else:  # a signal then ends the run, but not the writing
+            self._in_background(keep)
+            self.flush()
+
     def layer(self, index: int) -> tuple[Mapping[str, np.ndarray], dict[str, Any]]:
         """A finished layer."""
         self.flush()
@@ -159,8 +194,7 @@ class Journal:
             return
         # Taken to the host before this returns: the arrays may be given to a compiled function for good.
         host, named = ({k: np.asarray(a) for k, a in tree.items()} for tree in (arrays, named))
-        self._writer = self._writer or ThreadPoolExecutor(1, "journal")
-        self._pending = self._writer.submit(self._write_layer, index, host, facts, named, stream_facts)
+        self._in_background(self._write_layer, index, host, facts, named, stream_facts)
 
     def flush(self) -> None:
         """Waits until the last layer is on the disk.
@@ -192,6 +226,10 @@ class Journal:
 
     def _entry(self, kind: str, index: int) -> Path:
         return self._folder / kind / _name(index)
+
+    def _in_background(self, write: Callable[..., None], *arguments: Any) -> None:
+        self._writer = self._writer or ThreadPoolExecutor(1, "journal")
+        self._pending = self._writer.submit(write, *arguments)
 
     def _create(self) -> None:
         if (self._folder / "run.json").exists():
@@ -239,9 +277,7 @@ class Journal:
         self._write_entry(self._entry("layers", index), _orbax(arrays), facts)
         self._write_entry(self._entry("streams", index), _orbax(stream), stream_facts)
         if is_first():
-            for old in (self._folder / "streams").iterdir():
-                if old.name <= _name(index - KEPT_STREAMS):
-                    shutil.rmtree(old, ignore_errors=True)
+            self._drop_before("streams", index - KEPT_STREAMS + 1)
 
     def _write_entry(self, entry: Path, write: Callable[[Path], None], facts: Mapping[str, Any]) -> None:
         try:
@@ -267,9 +303,8 @@ class Journal:
         run = _read_sealed(self._folder / "run.json")
         self._take_lock()
         self._compare({"version": VERSION, **(self._run or {})}, run)
-        for part in ("layers", "streams"):
-            for left in (self._folder / part).glob(".*"):  # of a killed run
-                shutil.rmtree(left, ignore_errors=True)
+        for left in self._folder.glob("*/.*"):  # of a killed run
+            shutil.rmtree(left, ignore_errors=True)
         streams = sorted(self._numbers("streams"), reverse=True)
         problems: list[str] = []
         sound = 0
@@ -287,6 +322,20 @@ class Journal:
             what = problems[0] if problems else f"{self._folder / 'streams'} is missing"
             raise InputError(f"{what}, and there is no other state to go on from; start anew with --overwrite")
         return 0
+
+    def _sound_state(self, name: str) -> int:
+        """The step of the latest state that can be relied on, -1 if there is none."""
+        for step in sorted(self._numbers(name), reverse=True):
+            problem = _damage(self._entry(name, step))
+            if problem is None:
+                return step
+            log.warning("%s; what was learned since the state before it is learned again", problem)
+        return -1
+
+    def _drop_before(self, part: str, index: int) -> None:
+        for old in self._numbers(part):
+            if old < index:
+                shutil.rmtree(self._entry(part, old), ignore_errors=True)
 
     def _numbers(self, part: str) -> list[int]:
         return [int(path.name) for path in (self._folder / part).glob("[0-9]*")]

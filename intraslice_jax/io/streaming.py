@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import tensorstore
 from orbax.checkpoint import v1 as ocp
 
 _CHUNK = 16 * 2**20
@@ -18,42 +19,59 @@ _IN_FLIGHT = 64 * 2**20
 
 
 def write_streamed(
-    path: Path, arrays: Mapping[str, Any], abstract: Mapping[str, jax.ShapeDtypeStruct], metadata: dict[str, Any]
+    path: Path,
+    arrays: Iterable[tuple[str, Any]],
+    abstract: Mapping[str, jax.ShapeDtypeStruct],
+    metadata: dict[str, Any] | None = None,
 ) -> None:
     """Writes arrays by name as `ocp.save` would, never holding more than about the largest of them.
 
     Args:
         path: the folder to write, absolute.
-        arrays: read in their own order, each once.
+        arrays: pairs of name and array, taken one after the other. Several processes give arrays on their mesh, in
+            the same order, and each writes its parts.
         abstract: their shapes and dtypes.
         metadata: Orbax's custom metadata.
     """
     sizes = {name: math.prod(a.shape) * a.dtype.itemsize for name, a in abstract.items()}
     most = max(max(sizes.values()) // 4, 32 * 2**20)  # of a batch: reading and writing hold more than its arrays
-    batch: dict[str, np.ndarray] = {}
+    batch: dict[str, Any] = {}
     with frugal():
-        for name in arrays:
+        for name, array in arrays:
             if batch and sum(sizes[held] for held in batch) + sizes[name] > most:
                 ocp.partial.save(str(path), batch, custom_metadata=metadata)
                 batch = {}
-            batch[name] = np.ascontiguousarray(arrays[name])  # Orbax would copy all of a batch
+            # Orbax would copy all of a batch that is not contiguous.
+            batch[name] = array if isinstance(array, jax.Array) else np.ascontiguousarray(array)
+            del array
         ocp.partial.save(str(path), batch, custom_metadata=metadata)
         ocp.partial.finalize(str(path))
 
 
 class StreamedArrays(Mapping[str, np.ndarray]):
-    """The arrays of an Orbax state by name, each read when it is asked for."""
+    """The arrays of an Orbax state by name, each read when it is asked for, as a whole or in part.
+
+    They are read past Orbax, whose functions wait for all processes: here every process reads what it needs when it
+    needs it, in any thread.
+
+    Args:
+        path: the folder that Orbax wrote.
+        abstract: shapes, and the dtypes in which the arrays come.
+    """
 
     def __init__(self, path: str, abstract: Mapping[str, jax.ShapeDtypeStruct]):
         self._path, self._abstract = path, abstract
 
     def __getitem__(self, name: str) -> np.ndarray:
-        wanted: dict[str, Any] = dict.fromkeys(self._abstract, ocp.PLACEHOLDER)
-        # A NumPy array of no memory asks for one in return; jax's would be copied on its way to a device.
-        abstract = self._abstract[name]
-        wanted[name] = np.broadcast_to(np.zeros((), abstract.dtype), abstract.shape)
-        with frugal():
-            return np.asarray(ocp.load(self._path, wanted)[name])
+        return self.part(name, ())
+
+    def part(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
+        """`self[path][index]`, for which only that part is read."""
+        dtype = self._abstract[path].dtype
+        base = {"driver": "file", "path": f"{self._path}/state/"}  # "state" is Orbax's name for a lone tree
+        store = {"driver": "auto", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{path}/"}}
+        stored = tensorstore.open(store, open=True, read=True).result()
+        return np.asarray(stored[index].read().result()).astype(dtype, copy=False)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._abstract)

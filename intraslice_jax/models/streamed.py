@@ -8,12 +8,13 @@ from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
 from intraslice_jax.config import ModelConfig
 from intraslice_jax.models.decoder import Block, Decoder, abstract_arrays, block_from_arrays, decoder_from_arrays
-from intraslice_jax.parallel.placement import put_parts
+from intraslice_jax.parallel.placement import put_parts, read_part
 from intraslice_jax.parallel.rules import weight_shardings
 
 
@@ -47,7 +48,11 @@ class StreamedDecoder(Decoder):
 
 
 class StreamedLayers(Sequence[Block]):
-    """The layers of a stored model. Asking for one starts to fetch the next in the direction of travel."""
+    """The layers of a stored model. Asking for one starts to fetch the next in the direction of travel.
+
+    With several processes each reads ahead for itself; what a thread does must not wait for the others, whose main
+    programs may be in another collective.
+    """
 
     def __init__(self, config: ModelConfig, arrays: Mapping[str, Any], mesh: Mesh | None = None):
         self.arrays, self.mesh = arrays, mesh
@@ -112,10 +117,19 @@ class LayeredArrays(Mapping[str, Any]):
         self._paths += [f"layers.{i}.{name}" for i, layer in enumerate(layers) for name in layer]
 
     def __getitem__(self, path: str) -> Any:
+        arrays, name = self._place(path)
+        return arrays[name]
+
+    def part(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
+        """`self[path][index]`, for which only that part is read where it is stored so."""
+        return read_part(*self._place(path), index)
+
+    def _place(self, path: str) -> tuple[Mapping[str, Any], str]:
+        """The arrays that have it, and its name there."""
         if not path.startswith("layers."):
-            return self._rest[path]
+            return self._rest, path
         _, index, name = path.split(".", 2)
-        return self._layers[int(index)][name]
+        return self._layers[int(index)], name
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._paths)

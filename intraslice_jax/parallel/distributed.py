@@ -24,6 +24,9 @@ from intraslice_jax.io.atomic import atomic_folder
 _PULSE, _FAILED = "intraslice/pulse", "intraslice/failed"
 _INTERVAL = 1.0
 """Seconds between two signs of life."""
+_CPU_THREADS = 128
+"""Of a process whose devices are CPUs, at least. Programs under way at once hold threads while they wait for another
+process; where there are no more, the one that is waited for cannot begin."""
 
 
 def start(config: ParallelConfig) -> None:
@@ -48,6 +51,8 @@ def start(config: ParallelConfig) -> None:
         )
     if config.num_processes is not None and not 0 <= (config.process_id or 0) < config.num_processes:
         raise InputError(f"--process-id {config.process_id} is not below --num-processes {config.num_processes}")
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        os.environ.setdefault("NPROC", str(max(_CPU_THREADS, os.cpu_count() or 1)))  # read by XLA
     with _deadline(config):
         try:
             jax.distributed.initialize(

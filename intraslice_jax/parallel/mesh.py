@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -65,6 +65,11 @@ def make_mesh(text: str | None = None, devices: Sequence[Any] | None = None) -> 
             f"a run of {processes} processes must use all of theirs"
         )
     return jax.make_mesh((data, model), (DATA, MODEL), (AxisType.Auto,) * 2, devices=devices[: data * model])
+
+
+def is_shared(mesh: Mesh | None) -> TypeGuard[Mesh]:
+    """Whether it has devices of several processes."""
+    return mesh is not None and mesh.is_multi_process
 
 
 def ways(mesh: Mesh | None) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from intraslice_jax.errors import InputError
 from intraslice_jax.parallel.mesh import DATA, ways
 from intraslice_jax.parallel.rules import RULES, AxisRules, weight_shardings
 
@@ -44,11 +45,89 @@ class ReadsParts(Protocol):
         ...
 
 
+def read_part(arrays: Mapping[str, Any], path: str, index: tuple[slice, ...]) -> np.ndarray:
+    """`arrays[path][index]`, for which only that part is read where the storage allows that."""
+    return arrays.part(path, index) if isinstance(arrays, ReadsParts) else np.asarray(arrays[path])[index]
+
+
 def put_parts(arrays: Mapping[str, Any], path: str, shape: tuple[int, ...], sharding: NamedSharding) -> Array:
-    """A stored array on the mesh; every process reads its parts alone where the storage allows that."""
-    if isinstance(arrays, ReadsParts):
-        return jax.make_array_from_callback(shape, sharding, lambda index: arrays.part(path, index or ()))
-    return put(arrays[path], sharding)
+    """A stored array on the mesh; every process reads its parts alone where the storage allows that.
+
+    It does not wait for the other processes, so a thread may do it while they are elsewhere.
+    """
+    if not isinstance(arrays, ReadsParts):
+        return put(arrays[path], sharding)
+    parts = _own_parts(arrays, path, shape, sharding)
+    return jax.make_array_from_callback(shape, sharding, lambda index: parts[_bounds(index, shape)])
+
+
+_Bounds = tuple[tuple[int, int], ...]
+"""Where a part of an array begins and ends along each of its axes."""
+
+
+def _bounds(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> _Bounds:
+    whole = tuple(slice(None) for _ in shape)
+    return tuple(part.indices(size)[:2] for part, size in zip(index or whole, shape, strict=True))
+
+
+def _own_parts(
+    arrays: Mapping[str, Any], path: str, shape: tuple[int, ...], sharding: NamedSharding
+) -> dict[_Bounds, np.ndarray]:
+    """What the devices of this process hold of an array. A part that several of them hold is read once."""
+    indices = {_bounds(index, shape): index or () for index in sharding.addressable_devices_indices_map(shape).values()}
+    return {bounds: read_part(arrays, path, index) for bounds, index in indices.items()}
+
+
+class LocalParts(Mapping[str, np.ndarray]):
+    """Arrays in host memory of which a process has only what its devices hold; see `read` and `of`.
+
+    Asking for more raises InputError.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], parts: Mapping[str, dict[_Bounds, np.ndarray]]):
+        self._shapes, self._parts = shapes, parts
+
+    @classmethod
+    def read(
+        cls, arrays: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], shardings: Mapping[str, NamedSharding]
+    ) -> LocalParts:
+        """Of stored arrays by dotted path, given where they will be put."""
+
+        def own(path: str) -> dict[_Bounds, np.ndarray]:
+            found = _own_parts(arrays, path, shapes[path], shardings[path])
+            return {bounds: np.array(part) for bounds, part in found.items()}  # no view of a file
+
+        return cls(dict(shapes), {path: own(path) for path in shardings})
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, Array]) -> LocalParts:
+        """Of arrays on the mesh by dotted path."""
+        return cls(
+            {path: array.shape for path, array in arrays.items()},
+            {
+                path: {_bounds(s.index, array.shape): np.asarray(s.data) for s in array.addressable_shards}
+                for path, array in arrays.items()
+            },
+        )
+
+    def part(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
+        """`self[path][index]`."""
+        bounds = _bounds(index, self._shapes[path])
+        if bounds not in self._parts[path]:
+            raise InputError(
+                f"{path}: this process holds the parts of its own devices, not {list(bounds)}; use the mesh that the "
+                "model was loaded for"
+            )
+        return self._parts[path][bounds]
+
+    def __getitem__(self, path: str) -> np.ndarray:
+        return self.part(path, ())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
 
 
 def put_weights(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from intraslice_jax.config import ModelConfig, PruneConfig, check_refine
 from intraslice_jax.errors import InputError
+from intraslice_jax.models.decoder import abstract_arrays
 from intraslice_jax.parallel.batches import even_batches
 from intraslice_jax.parallel.linalg import fits_one_device
 from intraslice_jax.parallel.mesh import make_mesh, parse_mesh
@@ -24,6 +25,7 @@ from intraslice_jax.planning.typical import typical
 from intraslice_jax.planning.whole_model import WholeModel
 from intraslice_jax.planning.whole_programs import WholeModelSteps
 from intraslice_jax.prune.calibration import batch_size
+from intraslice_jax.prune.refine import BYTES_LEARNED
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def make_plan(
         **work,
         "collective_bytes_per_layer": _traffic(setting, programs),
         "host_bytes": _host_bytes(setting, solving, run.residency, accelerator),
-        "disk_bytes": _disk_bytes(setting),
+        "disk_bytes": _disk_bytes(setting, run.refine),
         "distinct_layer_shapes": {"dense": config.distinct_shapes(), "pruned": pruned.distinct_shapes()},
         "compiled_programs": {
             "least": len(every) * max(config.distinct_shapes(), pruned.distinct_shapes()),
@@ -165,12 +167,15 @@ def _host_bytes(
     return total + max(p.argument_bytes + p.temporary_bytes + p.new_bytes for p in usable.values())
 
 
-def _disk_bytes(setting: Setting) -> dict[str, int]:
+def _disk_bytes(setting: Setting, refine: int) -> dict[str, int]:
+    """At most: for a moment the journal has two states of the refinement."""
+    learned = sum(math.prod(a.shape) for path, a in abstract_arrays(setting.pruned).items() if path.endswith("_proj"))
+    states = 2 * BYTES_LEARNED * learned if refine else 0
     itemsize = jnp.dtype(setting.dtype).itemsize
     stream = setting.samples * setting.seq * setting.dense.hidden_size * itemsize
     return {
         "checkpoint": setting.pruned.total_parameters() * itemsize,
-        "journal": setting.pruned.block_parameters() * itemsize + 2 * stream,
+        "journal": setting.pruned.block_parameters() * itemsize + 2 * stream + states,
     }
 
 

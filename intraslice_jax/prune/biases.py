@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import ChainMap
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from intraslice_jax.model import LanguageModel
 from intraslice_jax.models.decoder import decoder_from_arrays, decoder_to_arrays
 from intraslice_jax.models.streamed import StreamedDecoder
+from intraslice_jax.parallel.placement import read_part
 
 
 def with_output_biases(model: LanguageModel) -> LanguageModel:
@@ -31,7 +33,19 @@ def with_output_biases(model: LanguageModel) -> LanguageModel:
         sizes |= {f"layers.{i}.{name}": config.hidden_size for name in ("attention.o_bias", "mlp.down_bias")}
         new |= {name: np.zeros(size, dtype) for name, size in sizes.items() if name not in there}
     if isinstance(old, StreamedDecoder):
-        decoder = StreamedDecoder(config, ChainMap(new, old.arrays), old.mesh)  # pyright: ignore[reportArgumentType]
+        decoder = StreamedDecoder(config, _WithNew(new, old.arrays), old.mesh)
     else:
         decoder = decoder_from_arrays(config, {**arrays, **new})
     return dataclasses.replace(model, config=config, decoder=decoder)
+
+
+class _WithNew(ChainMap[str, Any]):
+    """New arrays over stored ones, of which parts are read where the storage allows that."""
+
+    def __init__(self, new: dict[str, Any], stored: Mapping[str, Any]):
+        super().__init__(new, stored)  # pyright: ignore[reportArgumentType] (nothing is written to it)
+
+    def part(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
+        """`self[path][index]`."""
+        new, stored = self.maps
+        return read_part(new if path in new else stored, path, index)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Int
+from jaxtyping import Array, Int
 
 from intraslice_jax.config import LayerShape, ModelConfig, PruneConfig
 from intraslice_jax.environment import StageClock
@@ -21,8 +21,8 @@ from intraslice_jax.model import LanguageModel, on_mesh
 from intraslice_jax.models.decoder import Decoder, block_from_arrays, decoder_from_arrays, decoder_to_arrays
 from intraslice_jax.models.streamed import LayeredArrays, StreamedDecoder
 from intraslice_jax.parallel.distributed import agree
-from intraslice_jax.parallel.mesh import ways
-from intraslice_jax.parallel.placement import gathered, mesh_of, put_weights, to_host
+from intraslice_jax.parallel.mesh import is_shared, ways
+from intraslice_jax.parallel.placement import LocalParts, gathered, mesh_of, put_weights, to_host
 from intraslice_jax.parallel.rules import RULES
 from intraslice_jax.prune.biases import with_output_biases
 from intraslice_jax.prune.budget import LayerRatios, Ledger
@@ -83,7 +83,8 @@ def prune_model(
         ratios: given, they are used instead of what `config.ratios` estimates.
         mesh: to spread the work over (`intraslice_jax.parallel.mesh`); None leaves the model on the device or the
             mesh that it is on.
-        run_log: keeps every finished layer; what it holds of this run already is not done again.
+        run_log: keeps every finished layer, and what long stages have come to; what it holds of this run already is
+            not done again.
 
     Returns:
         The pruned model, on the same devices; its `report` holds the records and the fractions removed. The layers
@@ -127,7 +128,7 @@ def prune_model(
     refinement = {}
     if config.refine and pruned != dense:
         with jax.default_matmul_precision("highest"):
-            decoder, refinement = refine(model, decoder, windows, RefineSettings(config.refine), on_batch)
+            decoder, refinement = refine(model, decoder, windows, RefineSettings(config.refine), on_batch, run_log)
         clock.finish("refinement")
     report = {
         "sparsity": config.sparsity,
@@ -254,7 +255,7 @@ def _prune_layers(
             behind = stream.batches if i + 1 < model.config.num_layers else []
             run_log.layer_done(i, arrays, facts, behind, {"owed": ledger.owed})
         if streamed:  # the log gives them back when they are wanted
-            arrays = {name: to_host(array) for name, array in arrays.items()} if run_log is None else {}
+            arrays = _in_host_memory(arrays, stream.mesh) if run_log is None else {}
         elif stream.mesh is not None:
             arrays = put_weights(arrays, stream.mesh)  # at rest a layer lies in parts
         blocks.append(PrunedBlock(arrays, shape))
@@ -269,6 +270,13 @@ def _prune_layers(
         if streamed:
             blocks = [PrunedBlock(run_log.layer(i)[0], block.shape) for i, block in enumerate(blocks)]
     return blocks, records
+
+
+def _in_host_memory(arrays: Mapping[str, Array], mesh: Mesh | None) -> Mapping[str, np.ndarray]:
+    """A layer's arrays; of several processes each has the parts that it will put on its devices."""
+    if is_shared(mesh):
+        return LocalParts.of(put_weights(arrays, mesh, quiet=True))
+    return {name: to_host(array) for name, array in arrays.items()}
 
 
 def _finished(

@@ -7,9 +7,11 @@ one's, on the calibration text itself. Held-out windows decide whether the resul
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -23,13 +25,31 @@ from intraslice_jax.model import LanguageModel
 from intraslice_jax.models.decoder import Block, Decoder, decoder_from_arrays, decoder_to_arrays, run_block
 from intraslice_jax.models.head import predictions, token_kl, token_kl_gradient
 from intraslice_jax.models.rope import RopeTable
+from intraslice_jax.models.streamed import fetch
 from intraslice_jax.parallel.batches import even_batches
+from intraslice_jax.parallel.distributed import from_first
 from intraslice_jax.parallel.mesh import ways
 from intraslice_jax.parallel.placement import gathered, mesh_of, put_batch, to_host
+from intraslice_jax.prune.resume import RunLog
 from intraslice_jax.stages import stage
 
 HELD_OUT = 1 / 8
 """Fraction of the calibration windows on which the model is judged before and after."""
+
+STATE = "refinement"
+"""What a run's log calls the state of the learner."""
+
+BYTES_LEARNED = 12
+"""Of the state, for every weight that is learned: itself and two moments, float32."""
+
+KEPT_STATES = 4
+"""How often in a pass the state is kept at most."""
+
+LEAST_SECONDS = 60.0
+"""Between two states: what is learned in less is as soon learned again as written."""
+
+WRITING = 0.1
+"""The most that writing states may take of the time between them."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +102,86 @@ class _Layer:
         return cls(block, weights, sizes, optimiser.init(weights))
 
     @property
+    def learned(self) -> dict[str, Array]:
+        """By name, what a step changes, but for Adam's counts of the steps."""
+        return {name: a for name, a in _by_name((self.weights, self.state)).items() if not _is_count(a)}
+
+    def take_up(self, stored: Mapping[str, Array], steps: int) -> None:
+        """Puts what was learned in so many steps in the place of what there is."""
+        tree = (self.weights, self.state)
+        leaves = [jnp.asarray(steps, a.dtype) if _is_count(a) else stored[name] for name, a in _by_name(tree).items()]
+        self.weights, self.state = jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+    @property
     def whole(self) -> Block:
         """The layer as it is now, ready for use."""
         return gathered(with_weights(self.block, self.weights))
+
+
+def _by_name(tree: Any) -> dict[str, Array]:
+    """The leaves of a tree in their order, by dotted path."""
+    return {
+        jax.tree_util.keystr(p, simple=True, separator="."): a for p, a in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _is_count(array: Array) -> bool:
+    return jnp.issubdtype(array.dtype, jnp.integer)
+
+
+@dataclass
+class _Progress:
+    """How far the learner is.
+
+    Attributes:
+        before: the divergence on held-out windows before the first step.
+        steps: done.
+        losses: of the passes that are done.
+        sums: of the steps of the pass at hand.
+    """
+
+    before: float
+    steps: int = 0
+    losses: list[float] = field(default_factory=list)
+    sums: list[float] = field(default_factory=list)
+
+
+class _Keeper:
+    """Keeps the learner's state in the log of a run, as often as that is worth while, and brings it back."""
+
+    def __init__(self, run_log: RunLog | None, steps_of_a_pass: int):
+        self._log = run_log
+        self._every = max(1, steps_of_a_pass // KEPT_STATES)
+        self._since, self._written_in = time.monotonic(), 0.0
+
+    def take_up(self, layers: Sequence[_Layer]) -> _Progress | None:
+        """Brings the layers to where they were when the state was kept; None if there is none."""
+        kept = None if self._log is None else self._log.get_state(STATE)
+        if kept is None:
+            return None
+        arrays, facts = kept
+        progress = _Progress(**facts)
+        for i, layer in enumerate(layers):  # one at a time: the devices have room for one state only
+            prefix = f"{i}."
+            wanted = {prefix + k: jax.ShapeDtypeStruct(a.shape, a.dtype) for k, a in layer.learned.items()}
+            stored = fetch(arrays, wanted, mesh_of(layer.weights))
+            layer.take_up({path.removeprefix(prefix): array for path, array in stored.items()}, progress.steps)
+        return progress
+
+    def keep(self, layers: Sequence[_Layer], progress: _Progress) -> None:
+        """After every step; writes a state at some of them."""
+        if self._log is None or progress.steps % self._every or not self._due():
+            return
+        started = time.monotonic()
+        arrays = {f"{i}.{name}": array for i, layer in enumerate(layers) for name, array in layer.learned.items()}
+        self._log.put_state(STATE, progress.steps, arrays, dataclasses.asdict(progress))
+        self._since = time.monotonic()
+        self._written_in = self._since - started
+
+    def _due(self) -> bool:
+        """The first process's clock is that of all."""
+        learning = time.monotonic() - self._since
+        return bool(from_first(np.int32(learning >= max(LEAST_SECONDS, self._written_in / WRITING))))
 
 
 @stage("refinement")
@@ -94,6 +191,7 @@ def refine(
     windows: Int[np.ndarray, "samples seq"],
     settings: RefineSettings,
     on_batch: OnBatch | None = None,
+    run_log: RunLog | None = None,
 ) -> Refined:
     """Adam on the projections of all layers; norms, biases, embedding, head and RoPE pairs stay.
 
@@ -106,6 +204,7 @@ def refine(
         windows: int32 calibration tokens; the last eighth is held out.
         settings: how far.
         on_batch: told the windows done and their number, over all passes.
+        run_log: keeps what is learned now and then; what it holds already is not learned again.
 
     Returns:
         The learned decoder, or the given one if the divergence on held-out windows does not fall.
@@ -118,20 +217,24 @@ def refine(
     optimiser = _optimiser(settings, steps)
     layers = [_Layer.start(block, optimiser) for block in decoder.layers]
     rope = decoder.rope_for(windows.shape[1])
-    before = _divergence(decoder, layers, held, rope)
-    rng, losses = np.random.default_rng(settings.seed), []
-    done, total = 0, settings.passes * (len(windows) - held_out)
-    for _ in range(settings.passes):
-        sums = []
-        for number in rng.permutation(len(train)):
-            sums.append(_step(decoder, layers, train[number], rope, settings, steps))
-            done += train[number].real
-            if on_batch is not None:
-                on_batch(done, total)
-        losses.append(float(np.sum(sums) / (len(windows) - held_out)))
-    after = _divergence(decoder, layers, held, rope)
+    keeper = _Keeper(run_log, len(train))
+    progress = keeper.take_up(layers) or _Progress(_divergence(decoder, layers, held, rope))
+    order = _order(settings, len(train))
+    count = len(windows) - held_out
+    done = sum(train[number].real for number in order[: progress.steps])
+    for number in order[progress.steps :]:
+        progress.sums.append(_step(decoder, layers, train[number], rope, settings, steps))
+        progress.steps += 1
+        if progress.steps % len(train) == 0:
+            progress.losses.append(float(np.sum(progress.sums) / count))
+            progress.sums = []
+        keeper.keep(layers, progress)
+        done += train[number].real
+        if on_batch is not None:
+            on_batch(done, settings.passes * count)
+    before, after = progress.before, _divergence(decoder, layers, held, rope)
     accepted = after < before  # never when it is NaN
-    notes = {"accepted": accepted, "held_out_divergence": {"before": before, "after": after}, "losses": losses}
+    notes = {"accepted": accepted, "held_out_divergence": {"before": before, "after": after}, "losses": progress.losses}
     if not accepted:
         return Refined(decoder, notes)
     arrays = decoder_to_arrays(decoder)
@@ -139,6 +242,12 @@ def refine(
         for name, array in layer.weights.items():
             arrays[f"layers.{i}.{name}"] = array.astype(arrays[f"layers.{i}.{name}"].dtype)
     return Refined(decoder_from_arrays(decoder.config, arrays), notes)
+
+
+def _order(settings: RefineSettings, batches: int) -> list[int]:
+    """The batch of every step."""
+    rng = np.random.default_rng(settings.seed)
+    return [int(number) for _ in range(settings.passes) for number in rng.permutation(batches)]
 
 
 def _batches(dense: LanguageModel, windows: np.ndarray) -> list[_Batch]:

@@ -41,6 +41,17 @@ class RunLog(Protocol):
         """Forgets them."""
         ...
 
+    def get_state(self, name: str) -> tuple[Mapping[str, np.ndarray], dict[str, Any]] | None:
+        """The latest state of that name: arrays, each read when it is asked for, and facts; None if there is none."""
+        ...
+
+    def put_state(self, name: str, step: int, arrays: Mapping[str, Array], facts: Mapping[str, Any]) -> None:
+        """Keeps a state as large as the model, wherever its arrays lie, instead of those of that name and fewer steps.
+
+        It returns when all is safe.
+        """
+        ...
+
     def layer(self, index: int) -> tuple[Mapping[str, np.ndarray], dict[str, Any]]:
         """A finished layer: arrays by name, each read when it is asked for, and facts."""
         ...

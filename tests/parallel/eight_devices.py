@@ -1,5 +1,6 @@
 """What needs eight devices; `test_eight_devices.py` runs it in a process that has them."""
 
+import contextlib
 import dataclasses
 import functools
 import re
@@ -25,8 +26,10 @@ from intraslice_jax.models.generate import generate
 from intraslice_jax.parallel import moments
 from intraslice_jax.parallel.linalg import cholesky_solve
 from intraslice_jax.parallel.mesh import make_mesh
-from intraslice_jax.parallel.placement import gathered, put_batch, replicated
+from intraslice_jax.parallel.placement import LocalParts, gathered, put_batch, put_parts, put_weights, replicated
+from intraslice_jax.parallel.rules import weight_shardings
 from intraslice_jax.prune import calibration
+from intraslice_jax.prune import refine as refine_module
 from intraslice_jax.prune.linalg import solver_precision
 from intraslice_jax.prune.mlp import fuse_mlp, select_channels
 from intraslice_jax.prune.mlp_on_mesh import fuse_mlp_on_mesh
@@ -278,6 +281,44 @@ def test_a_run_on_a_mesh_is_continued_to_the_same_bits(tmp_path):
                 continue
     for name, array in expected.items():
         assert found[name].tobytes() == array.tobytes(), name
+
+
+def test_a_refinement_that_was_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(refine_module, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(refine_module, "WRITING", 1e-9)  # the first state is kept, and no other
+    mesh, tokens = make_mesh("data=4,model=2"), windows(16)
+    model, settings = on_mesh(make("gqa"), mesh), RefineSettings(passes=2, learning_rate=0.01)
+    pruned = prune_model(model, tokens, FINE).decoder
+    expected = refine(model, pruned, tokens, settings)
+    told = []
+
+    def stop(done, _):
+        told.append(done)
+        if len(told) == 3:  # of eight steps
+            raise StopIteration
+
+    for _ in range(2):
+        with closing(Journal(tmp_path / "journal")) as journal:
+            journal.begin({})
+            with contextlib.suppress(StopIteration):
+                found = refine(model, pruned, tokens, settings, stop, journal)
+    assert told[3] == told[1]
+    assert found.notes == expected.notes
+    for name, array in decoder_to_arrays(expected.decoder).items():
+        assert np.asarray(decoder_to_arrays(found.decoder)[name]).tobytes() == np.asarray(array).tobytes(), name
+
+
+def test_what_a_process_holds_of_stored_arrays():
+    mesh = make_mesh("data=4,model=2")
+    stored = {"q_proj": np.arange(8 * 4 * 2.0).reshape(8, 4, 2), "weight": np.arange(8.0)}
+    shapes = {name: array.shape for name, array in stored.items()}
+    shardings = weight_shardings(shapes, mesh)
+    for parts in (LocalParts.read(stored, shapes, shardings), LocalParts.of(put_weights(stored, mesh))):
+        for name, sharding in shardings.items():
+            np.testing.assert_array_equal(put_parts(parts, name, shapes[name], sharding), stored[name])
+        np.testing.assert_array_equal(parts["weight"], stored["weight"])
+        with pytest.raises(InputError, match="q_proj: this process holds the parts of its own devices"):
+            parts["q_proj"]
 
 
 def test_layers_streamed_to_a_mesh(tmp_path):

@@ -46,28 +46,58 @@ def finish(processes: list[subprocess.Popen], timeout: float = 240) -> list[tupl
     return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
 
 
-@pytest.mark.slow
-def test_two_processes_killed_and_continued_write_the_checkpoint_of_one(tmp_path):
-    model = write_tiny_llama(tmp_path / "model")
-    (tmp_path / "text").write_text(tiny_text())
-    options = [
-        *("prune", str(model), "--calibration", str(tmp_path / "text"), "--samples", "10"),
-        *("--sequence-length", "32", "--align", "1", "--preset", "fast", "--resume", "--output"),
+LAYERS = 3
+"""One more than are on the devices at once where layers are streamed."""
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    """A command but for its output."""
+    folder = tmp_path_factory.mktemp("source")
+    model = write_tiny_llama(folder / "model", num_hidden_layers=LAYERS)
+    (folder / "text").write_text(tiny_text())
+    return [
+        *("prune", str(model), "--calibration", str(folder / "text"), "--samples", "10"),
+        *("--sequence-length", "32", "--align", "1", "--preset", "fast", "--output"),
     ]
 
-    def start_both() -> list[subprocess.Popen]:
-        peers = ["--num-processes", "2", "--coordinator", f"localhost:{free_port()}", "--process-id"]
-        command = ["-m", "intraslice_jax", *options, str(tmp_path / "two"), *peers]
-        return [start([*command, str(i)], devices=4) for i in range(2)]
 
-    killed = start_both()
+@pytest.fixture(scope="module")
+def one(options, tmp_path_factory):
+    """What one process writes."""
+    out = tmp_path_factory.mktemp("one") / "out"
+    assert main([*options, str(out)]) == 0
+    return out
+
+
+def start_two(options: list[str]) -> list[subprocess.Popen]:
+    peers = ["--num-processes", "2", "--coordinator", f"localhost:{free_port()}", "--process-id"]
+    return [start(["-m", "intraslice_jax", *options, *peers, str(i)], devices=4) for i in range(2)]
+
+
+def assert_same_model(found: Path, expected: Path) -> None:
+    one, two = api.restore(expected), api.restore(found)
+    assert two.config == one.config
+    arrays = decoder_to_arrays(two.decoder)
+    for name, array in decoder_to_arrays(one.decoder).items():
+        np.testing.assert_allclose(arrays[name], array, atol=5e-5 * np.abs(np.asarray(array)).max())
+    reports = [json.loads((folder / "report.json").read_text()) for folder in (expected, found)]
+    heads = [[layer["kept_heads"] for layer in report["layers"]] for report in reports]
+    assert heads[0] == heads[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("residency", ["device", "disk"])
+def test_two_processes_killed_and_continued_write_the_checkpoint_of_one(residency, options, one, tmp_path):
+    options = [*options, str(tmp_path / "two"), "--residency", residency, "--resume"]
+    killed = start_two(options)
     assert killed[0].stderr is not None
-    assert any(line.startswith("[1/2]") for line in killed[0].stderr)
+    assert any(line.startswith(f"[1/{LAYERS}]") for line in killed[0].stderr)
     for process in killed:
         process.kill()
     finish(killed)
     assert [path.name for path in (tmp_path / "two.journal" / "streams").glob("0*")] == ["00000"]
-    together = finish(start_both())
+    together = finish(start_two(options))
     for code, _, errors in together:
         assert code == 0, errors
     assert "going on behind layer 0" in together[0][2]
@@ -76,16 +106,28 @@ def test_two_processes_killed_and_continued_write_the_checkpoint_of_one(tmp_path
     gloo = r"\[Gloo\]|Rank|is connected to|peer ranks( is)?|Expected number of connected|[\d\s.:]"
     assert re.sub(gloo, "", together[1][1]) == ""
     assert "layer 0" not in together[1][2]
-    assert main([*options, str(tmp_path / "one")]) == 0
-    one, two = api.restore(tmp_path / "one"), api.restore(tmp_path / "two")
-    assert two.config == one.config
-    expected, found = decoder_to_arrays(one.decoder), decoder_to_arrays(two.decoder)
-    for name, array in expected.items():
-        np.testing.assert_allclose(found[name], array, atol=5e-5 * np.abs(np.asarray(array)).max())
-    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two")]
-    heads = [[layer["kept_heads"] for layer in report["layers"]] for report in reports]
-    assert heads[0] == heads[1]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "one", "text", "two"]  # no partial folder
+    assert_same_model(tmp_path / "two", one)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["two"]  # no partial folder
+
+
+@pytest.mark.slow
+def test_two_processes_with_their_parts_of_the_layers_in_host_memory(options, one, tmp_path):
+    options = [*options, str(tmp_path / "two"), "--residency", "host", "--no-journal", "--mesh", "data=4,model=2"]
+    for code, _, errors in finish(start_two(options)):
+        assert code == 0, errors
+    assert_same_model(tmp_path / "two", one)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["two"]
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_with_a_refinement(tmp_path):
+    port = str(free_port())
+    command = ["-m", "tests.parallel.refining", port]
+    both = [start([*command, str(i), str(tmp_path / "journal")], devices=2) for i in range(2)]
+    for code, output, errors in finish(both):
+        assert code == 0, errors
+        # Fourteen windows twice, two in a step; a state is kept after the first.
+        assert f"same {' '.join(map(str, range(4, 29, 2)))}" in output
 
 
 def peer(port: int, number: int, fate: str) -> subprocess.Popen:

@@ -109,6 +109,9 @@ def test_the_default_preset_is_planned_and_what_to_leave_out_is_named(folder, tm
     plan, config = plan_of(folder, tmp_path), describe(str(folder))
     assert (plan["run"]["ratios"], plan["run"]["refine"]) == ("kl", 2)
     assert {"kl", "refinement"} <= plan["phase_bytes"].keys() & plan["flops_per_device"].keys()
+    without = plan_of(folder, tmp_path, "--refine", "0", "--overwrite")
+    learned = (plan["disk_bytes"]["journal"] - without["disk_bytes"]["journal"]) / 24  # two states, 12 bytes a weight
+    assert plan["pruned_parameters"] - learned == config.total_parameters() - config.block_parameters()
     loop = [size for phase, size in plan["phase_bytes"].items() if phase != "refinement"]
     with pytest.raises(InputError, match=r"; --refine 0 fits"):
         refuse("m", config, plan | {"device_bytes": 2 * max(loop)}, max(loop), None)

@@ -1,4 +1,8 @@
 import dataclasses
+import itertools
+import math
+import types
+from contextlib import closing
 
 import jax
 import jax.numpy as jnp
@@ -6,11 +10,14 @@ import numpy as np
 import pytest
 
 from intraslice_jax.config import PruneConfig
-from intraslice_jax.errors import InputError
+from intraslice_jax.errors import InputError, RunError
+from intraslice_jax.io import journal as journal_module
+from intraslice_jax.io.journal import Journal
 from intraslice_jax.models.decoder import decoder_to_arrays
 from intraslice_jax.models.head import predictions, token_kl, token_kl_gradient
+from intraslice_jax.prune import refine as refine_module
 from intraslice_jax.prune.pipeline import prune_model
-from intraslice_jax.prune.refine import RefineSettings, refine
+from intraslice_jax.prune.refine import STATE, RefineSettings, refine
 from tests.prune.flavours import make, windows
 from tests.prune.test_residency import streamed
 
@@ -138,3 +145,116 @@ def test_an_option_of_the_run():
 def test_a_negative_number_of_passes():
     with pytest.raises(InputError, match="refine must be 0"):
         PruneConfig(refine=-1)
+
+
+class Stop(Exception):
+    """Stands for whatever ends a run."""
+
+
+@pytest.fixture
+def every_state(monkeypatch):
+    """States are kept however little time has passed."""
+    monkeypatch.setattr(refine_module, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(refine_module, "WRITING", math.inf)
+
+
+def learned(model, pruned, tokens, folder, last=None):
+    """The refined model, and the windows told; a run that is stopped when it tells of the last of them."""
+    told = []
+
+    def on_batch(done, _):
+        told.append(done)
+        if done == last:
+            raise Stop
+
+    with closing(Journal(folder)) as journal:
+        journal.begin({})
+        return refine(model, pruned, tokens, SETTINGS, on_batch, journal), told
+
+
+def assert_same(found, expected):
+    assert found.notes == expected.notes
+    arrays = decoder_to_arrays(found.decoder)
+    for name, array in decoder_to_arrays(expected.decoder).items():
+        assert np.asarray(arrays[name]).tobytes() == np.asarray(array).tobytes(), name
+
+
+@pytest.mark.usefixtures("every_state")
+@pytest.mark.parametrize(("dtype", "stops"), [(jnp.float32, [40, 59]), (jnp.bfloat16, [56])])
+def test_a_stopped_run_goes_on_to_the_same_bits(dtype, stops, tmp_path, caplog):
+    tokens = windows(32)  # 28 to learn on: a state after every seventh step
+    model, pruned = pruned_and_dense("gqa", tokens, dtype=dtype)
+    expected = refine(model, pruned, tokens, SETTINGS)
+    assert expected.notes["accepted"]  # else its weights say nothing
+    for stop in stops:
+        with pytest.raises(Stop):
+            learned(model, pruned, tokens, tmp_path / "journal", stop)
+        assert [path.name for path in (tmp_path / "journal" / STATE).iterdir()] == [f"{stop // 7 * 7:05d}"]
+    found, told = learned(model, pruned, tokens, tmp_path / "journal")
+    assert told[0] == stops[-1] // 7 * 7 + 1
+    assert f"going on behind step {told[0] - 1} of the refinement" in caplog.text
+    assert_same(found, expected)
+
+
+@pytest.mark.usefixtures("every_state")
+def test_a_damaged_state_is_not_used(tmp_path, caplog):
+    tokens = windows(16)  # 14 to learn on: a state after every third step
+    model, pruned = pruned_and_dense("gqa", tokens)
+    with pytest.raises(Stop):
+        learned(model, pruned, tokens, tmp_path / "journal", 20)
+    state = tmp_path / "journal" / STATE / "00018"
+    files = [path for path in state.rglob("*") if path.is_file()]
+    for file in (max(files, key=lambda path: path.stat().st_size), state / "facts.json", state / "SHA256SUMS"):
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        caplog.clear()
+        with closing(Journal(tmp_path / "journal")) as journal:
+            journal.begin({})
+            assert journal.get_state(STATE) is None
+        assert "00018 is damaged" in caplog.text
+        assert "learned again" in caplog.text
+        file.write_bytes(whole)
+    (state / "facts.json").write_bytes(b"")
+    found, told = learned(model, pruned, tokens, tmp_path / "journal")
+    assert told[0] == 1
+    assert_same(found, refine(model, pruned, tokens, SETTINGS))
+
+
+@pytest.mark.usefixtures("every_state")
+def test_a_full_disk_keeps_the_state_before(tmp_path, monkeypatch):
+    tokens = windows(16)
+    model, pruned = pruned_and_dense("gqa", tokens)
+    written, count = journal_module.write_streamed, itertools.count(1)
+
+    def full(*arguments):
+        if next(count) == 3:
+            raise OSError(28, "No space left on device")
+        written(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal_module, "write_streamed", full)
+        with pytest.raises(RunError, match=r"refinement/00009 cannot be written: no space left.*is intact"):
+            learned(model, pruned, tokens, tmp_path / "journal")
+    assert [path.name for path in (tmp_path / "journal" / STATE).iterdir()] == ["00006"]
+    found, told = learned(model, pruned, tokens, tmp_path / "journal")
+    assert told[0] == 7
+    assert_same(found, refine(model, pruned, tokens, SETTINGS))
+
+
+def test_writing_states_takes_a_tenth_of_the_time_at_most(monkeypatch):
+    """A step takes 30 s and a state 20 s here: the first is kept after a minute, the next 200 s later."""
+    clock, kept = [0.0], []
+    monkeypatch.setattr(refine_module, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+
+    class Log(Journal):
+        def put_state(self, name, step, arrays, facts):
+            kept.append(step)
+            clock[0] += 20
+
+    keeper = refine_module._Keeper(Log("nowhere"), 3)
+    progress = refine_module._Progress(0.0)
+    for _ in range(12):
+        progress.steps += 1
+        keeper.keep([], progress)
+        clock[0] += 30
+    assert kept == [3, 10]

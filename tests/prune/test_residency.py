@@ -5,7 +5,6 @@ import json
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -104,12 +103,6 @@ def test_a_damaged_layer_is_found_when_it_is_fetched():
     broken = dataclasses.replace(model, decoder=StreamedDecoder(model.config, arrays))
     with pytest.raises(InputError, match=r"layers\.2\.mlp\.up_proj is not finite at \(1, 2\)"):
         prune_model(broken, windows(), FINE)
-
-
-def test_several_processes_are_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(InputError, match="residency disk works in one process, found 2"):
-        api.load(tmp_path, residency="disk")
 
 
 @pytest.mark.slow
