@@ -16,6 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+LANES = 16
+"""Columns of a vector. A product with 50 columns takes XLA longer than one with 64, so they are filled up."""
+
 _TOGETHER = ContextVar("heads_together", default=False)
 
 
@@ -50,6 +53,9 @@ def attend_by_head(
 
 def _forward(q, k, v, query_to_kv, scale, sliding_window, chunk):
     keys, values, index = _heads_first(k).swapaxes(1, 2), _heads_first(v), _key_value_rows(len(q), query_to_kv)
+    width = v.shape[3]
+    # Filled up with ones, the product with the values sums the weights as well; below float32 it would round the sums.
+    values, summed = _filled(values, 1.0), width % LANES > 0 and v.dtype == jnp.float32
 
     def one_head(given: tuple[Array, Array]) -> tuple[Array, Array]:
         queries, row = given
@@ -59,9 +65,9 @@ def _forward(q, k, v, query_to_kv, scale, sliding_window, chunk):
             scores = _scores(queries[rows], head_keys[:, seen], visible, scale)
             most = scores.max(1, keepdims=True)
             weights = jnp.exp(scores - most)
-            total = weights.sum(1, keepdims=True)
-            mixed = weights.astype(values.dtype) @ head_values[seen]
-            outputs.append((mixed.astype(jnp.float32) / total).astype(values.dtype))
+            mixed = (weights.astype(values.dtype) @ head_values[seen]).astype(jnp.float32)
+            total = mixed[:, width : width + 1] if summed else weights.sum(1, keepdims=True)
+            outputs.append((mixed[:, :width] / total).astype(values.dtype))
             sums.append(most + jnp.log(total))
         return jnp.concatenate(outputs), jnp.concatenate(sums)
 
@@ -72,7 +78,8 @@ def _forward(q, k, v, query_to_kv, scale, sliding_window, chunk):
 
 def _backward(query_to_kv, scale, sliding_window, chunk, saved, cotangent):
     q, k, v, y, log_sums = saved
-    keys, values, index = _heads_first(k), _heads_first(v), _key_value_rows(len(q), query_to_kv)
+    index, qk, width = _key_value_rows(len(q), query_to_kv), q.shape[3], v.shape[3]
+    queries, keys, values, outer = (_filled(_heads_first(a)) for a in (q, k, v, cotangent))
     # The softmax's own gradient needs the products of outputs and their cotangents only.
     along = (y.astype(jnp.float32) * cotangent.astype(jnp.float32)).sum(-1, keepdims=True)
 
@@ -92,11 +99,11 @@ def _backward(query_to_kv, scale, sliding_window, chunk, saved, cotangent):
             to_queries = to_queries.at[seers].add((to_scores.T @ head_keys[rows]).astype(jnp.float32))
         return to_queries, jnp.concatenate(to_keys), jnp.concatenate(to_values)
 
-    given = (*map(_heads_first, (q, cotangent, along)), log_sums, index)
+    given = (queries, outer, _heads_first(along), log_sums, index)
     to_q, to_k, to_v = (_heads_last(a, len(q)) for a in jax.lax.map(one_head, given))
     groups = np.equal.outer(np.arange(k.shape[2]), np.asarray(query_to_kv)).astype(np.float32)
     to_k, to_v = (jnp.einsum("bthw,nh->btnw", a.astype(jnp.float32), groups) for a in (to_k, to_v))
-    return to_q.astype(q.dtype), to_k.astype(k.dtype), to_v.astype(v.dtype)
+    return to_q[..., :qk].astype(q.dtype), to_k[..., :qk].astype(k.dtype), to_v[..., :width].astype(v.dtype)
 
 
 attend_by_head.defvjp(_forward, _backward)
@@ -137,6 +144,11 @@ def _scores(left: Array, right: Array, visible: np.ndarray, scale: float) -> Arr
 def _heads_first(x: Float[Array, "batch seq heads width"]) -> Float[Array, "batch_heads seq width"]:
     batch, seq, heads, width = x.shape
     return x.swapaxes(1, 2).reshape(batch * heads, seq, width)
+
+
+def _filled(x: Float[Array, "*shape width"], value: float = 0.0) -> Float[Array, "*shape filled"]:
+    """With more columns of one value, up to a multiple of a vector."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % LANES)], constant_values=value)
 
 
 def _heads_last(x: Float[Array, "batch_heads seq width"], batch: int) -> Float[Array, "batch seq heads width"]:

@@ -11,9 +11,9 @@ from intraslice_jax.models.attention_by_head import attend_by_head
 GROUPS = {"even": (0, 0, 1, 1), "ragged": (0, 1, 1, 1, 2, 2), "own": (0, 1, 2)}
 
 
-def inputs(query_to_kv, seq, dtype=jnp.float32):
+def inputs(query_to_kv, seq, dtype=jnp.float32, qk=6, v=5):
     rng = np.random.default_rng(0)
-    shapes = ((len(query_to_kv), 6), (max(query_to_kv) + 1, 6), (max(query_to_kv) + 1, 5))
+    shapes = ((len(query_to_kv), qk), (max(query_to_kv) + 1, qk), (max(query_to_kv) + 1, v))
     return tuple(jnp.asarray(rng.standard_normal((2, seq, *shape)), dtype) for shape in shapes)
 
 
@@ -24,11 +24,12 @@ def elsewhere(monkeypatch):
 
 
 @pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize(("qk", "v"), [(6, 5), (16, 32)])
 @pytest.mark.parametrize("window", [None, 1, 7, 40])
 @pytest.mark.parametrize("groups", GROUPS)
-def test_outputs_and_gradients_are_the_same(groups, window):
+def test_outputs_and_gradients_are_the_same(groups, window, qk, v):
     to_kv = GROUPS[groups]
-    given = inputs(to_kv, 37)
+    given = inputs(to_kv, 37, qk=qk, v=v)
 
     def whole(*given):
         return attention.attend_causally(*given, to_kv, 0.3, window)
