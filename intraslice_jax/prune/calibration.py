@@ -80,6 +80,7 @@ class AttentionCalibration:
         model: the model's description.
         parameter_range: the fewest and the most parameters that the attention may keep for the budget of the
             whole model to be met.
+        tried: pruned in several ways for comparison: what is computed once stays, and the stream behind is not wanted.
     """
 
     index: int
@@ -89,6 +90,7 @@ class AttentionCalibration:
     config: PruneConfig
     model: ModelConfig
     parameter_range: tuple[int, int]
+    tried: bool = False
     _kept: list[Mixed] = field(default_factory=list)
     _again: list[Array] = field(default_factory=list)
 
@@ -159,7 +161,7 @@ class AttentionCalibration:
                 scale=attention.scale,
                 sliding_window=attention.sliding_window,
             )
-            if fits(self.config, self.stream, again):
+            if not self.tried and fits(self.config, self.stream, again):
                 self._again.append(again)
         return check_finite(self.index, "attention", total.total())
 

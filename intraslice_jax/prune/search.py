@@ -123,8 +123,9 @@ class Search:
             measured = []
             for variant in ways:
                 count = dense.mlp_parameters if variant.kind else dense.attention_parameters
-                removed = count(now[layer]) - count(variant.shape)
-                if removed:
+                kept, least = count(variant.shape), (1 - config.max_ratio) * count(dense.layers[layer])
+                removed = count(now[layer]) - kept
+                if removed and kept >= least:
                     cost = tail.divergence(variant.block) - best.divergence
                     measured.append(Move(layer, variant.heads, removed, cost))
             state.moves.append(measured)
@@ -225,8 +226,9 @@ def _even_parts(full: int) -> list[int]:
 
 
 def _beside(values: Sequence[int], now: int) -> list[int]:
-    """The next value below and the next above."""
-    below, above = [v for v in values if v < now], [v for v in values if v > now]
+    """The next value of a grid below and the next above, at least half a step away."""
+    least = (values[1] - values[0]) / 2 if len(values) > 1 else 1
+    below, above = [v for v in values if v <= now - least], [v for v in values if v >= now + least]
     return [*below[-1:], *above[:1]]
 
 

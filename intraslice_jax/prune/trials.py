@@ -83,7 +83,7 @@ def variants(
             stream.batches = [run_block(other, x, stream.rope) for x in stream.batches]
             continue
         shape, others, wanted = dense.config.layers[i], decoder_to_arrays(other), trials(i)
-        before = AttentionCalibration(i, block, shape, stream, config, dense.config, whole)
+        before = AttentionCalibration(i, block, shape, stream, config, dense.config, whole, tried=True)
         for number, how in enumerate(wanted.attention):
             heads = how if isinstance(how, HeadWidths) else None
             if isinstance(how, HeadWidths):

@@ -16,10 +16,11 @@ from intraslice_jax.prune.estimators import estimate_ratios
 from intraslice_jax.prune.exchange import Move, exchange
 from intraslice_jax.prune.pipeline import prune_model
 from intraslice_jax.prune.trials import Trials
+from tests.io.test_journal import Passes, Stop, run_of_ratios
 from tests.prune.flavours import make, windows, with_arrays
 from tests.prune.test_sensitivity import log_softmax
 
-CONFIG = PruneConfig(0.3, align=2, ratios="search", iterative="never", search_rounds=3)
+CONFIG = PruneConfig(0.3, align=2, ratios="search", iterative="never", search_rounds=2)
 ANY = HeadWidths(1, 2, 2)
 
 
@@ -79,11 +80,11 @@ def test_steps_go_to_the_next_widths_of_a_grid():
         [
             HeadWidths(2, 50, 32),
             HeadWidths(4, 50, 32),
-            HeadWidths(3, 48, 32),
+            HeadWidths(3, 40, 32),
             HeadWidths(3, 56, 32),
             HeadWidths(3, 50, 28),
         ],
-        [960, 1056],
+        [864, 1056],
     )
     even = search.steps(LayerShape((0, 1), 64, 64, 32, 1536), full, PruneConfig(align=8, grouping="uniform"))
     assert [heads.num_attention_heads for heads in even.attention[:2]] == [1, 4]
@@ -99,7 +100,7 @@ def test_parameters_go_where_they_are_worth_most(from_uniform):
     uniform = prune_model(model, tokens, dataclasses.replace(CONFIG, ratios="uniform"))
     ratios = estimate_ratios(model, tokens, CONFIG, lambda *progress: done.append(progress))
     assert ratios.mlp[1] > 0.3 > min(ratios.attention + ratios.mlp)
-    assert done[:3] == [(1, 9), (2, 9), (3, 9)]
+    assert done[:3] == [(1, 6), (2, 6), (3, 6)]
     found = prune_model(model, tokens, CONFIG, ratios=ratios)
     assert [s.num_attention_heads for s in found.config.layers] == [h.num_attention_heads for h in ratios.heads]
     removed = [m.report["removed_block_fraction"] for m in (found, uniform)]
@@ -126,11 +127,22 @@ def test_what_a_step_costs_is_what_it_does_to_the_whole_model(from_uniform, monk
     assert last.cost == pytest.approx(divergence(model, pruned, tokens[-1:]) - before, rel=1e-2, abs=1e-5)
 
 
+@pytest.mark.slow
+def test_a_search_that_was_stopped_goes_on_where_it_was(from_uniform, tmp_path):
+    whole, rest = Passes(), Passes()
+    expected = run_of_ratios(CONFIG, tmp_path / "whole", whole)
+    last = whole.done[-2]  # behind the first exchange, if there is one
+    with pytest.raises(Stop):
+        run_of_ratios(CONFIG, tmp_path / "journal", Passes(last))
+    assert run_of_ratios(CONFIG, tmp_path / "journal", rest) == expected
+    assert rest.done == [done for done in whole.done if done > last]
+
+
 def test_the_time_limit_ends_a_search(from_uniform):
     done = []
     config = dataclasses.replace(CONFIG, search_seconds=1e-3)
     estimate_ratios(make("gqa", layers=3), windows(8), config, lambda *progress: done.append(progress))
-    assert done == [(1, 9)]
+    assert done == [(1, 6)]
 
 
 def test_only_intraslice_takes_widths():
