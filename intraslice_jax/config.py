@@ -257,6 +257,10 @@ class PruneConfig:
             of the greatest effect on the module's output (`outputs`).
         pair_selection: how RoPE pairs are chosen: `products` (the paper's) by the mean |q k| of one position, `logits`
             by their joint effect on the attention logits, kept pairs making up for dropped ones.
+        loss_weight: how much more tokens count in the second moments when the dense model's loss gradient is larger at
+            them: 0 not at all, 1 in proportion to its squared norm.
+        dense_targets: how far each module may go beyond its own unpruned output on the pruned model's stream, towards
+            the stream of the dense model: the largest strength, 1 for all the way that held-out windows call for.
         refine: passes over the calibration text in which the pruned model is learned further towards the dense model's
             predictions, 0 for none.
         output_biases: give the o- and down-projections biases where the family has none, for methods that fill
@@ -281,6 +285,8 @@ class PruneConfig:
     selection_noise: float = 0.0
     value_basis: Literal["activations", "outputs"] = "activations"
     pair_selection: Literal["products", "logits"] = "products"
+    loss_weight: float = 0.0
+    dense_targets: float = 0.0
     refine: int = 0
     output_biases: bool = False
     batch_size: int = 0
@@ -311,6 +317,10 @@ class PruneConfig:
             raise InputError(f"value_basis must be activations or outputs, found {self.value_basis!r}")
         if self.pair_selection not in ("products", "logits"):
             raise InputError(f"pair_selection must be products or logits, found {self.pair_selection!r}")
+        if not 0 <= self.loss_weight <= 1:
+            raise InputError(f"loss_weight must be in [0, 1], found {self.loss_weight}; 0 counts all tokens alike")
+        if not 0 <= self.dense_targets <= 1:
+            raise InputError(f"dense_targets must be in [0, 1], found {self.dense_targets}; 0 is without")
         if self.refine < 0:
             raise InputError(f"refine must be 0 (not at all) or more passes, found {self.refine}")
         if self.batch_size < 0:
