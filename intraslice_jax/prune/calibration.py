@@ -87,9 +87,9 @@ class ResidualStream:
                 is carried along; 0 for neither.
         """
         mesh = mesh_of(model.decoder)
-        parts, first = list(even_batches(len(windows) - held_out, batch_size, ways(mesh))), len(windows) - held_out
-        apart = [(rows + first, real) for rows, real in even_batches(held_out, batch_size, ways(mesh))]
-        parts += apart
+        first = len(windows) - held_out
+        apart = [(first + rows, real) for rows, real in even_batches(held_out, batch_size, ways(mesh))]
+        parts = [*even_batches(first, batch_size, ways(mesh)), *apart]
         embedded = [model.decoder.embed(put_batch(windows[rows], mesh)) for rows, _ in parts]
         rope = replicated(model.decoder.rope_for(windows.shape[1]), mesh)
         rows, real = [rows for rows, _ in parts], [real for _, real in parts]

@@ -49,10 +49,10 @@ def correction(whole: Regression, held: Regression, damping: Number, most: Numbe
         affine: whether the maps have offsets.
     """
     train = jax.tree.map(jnp.subtract, whole, held)
-    plain = _fit(train, train.cross, train.target_sum, damping, affine)
-    extra = _fit(train, train.drift, train.drift_sum, damping, affine)
+    plain, extra = _fits(train, damping, affine)
     strength = jnp.clip(_best_strength(held, plain, extra), 0.0, most)
-    final = _fit(whole, whole.drift, whole.drift_sum, damping, affine)
+    sums = Sums(whole.input_sum, whole.drift_sum, whole.tokens) if affine else None
+    final = ridge(whole.gram, whole.drift, damping, sums)
     offset = None if final.offset is None else strength * final.offset
     return Correction(strength * final.weights, offset, strength)
 
@@ -62,9 +62,16 @@ def strength_note(strength: Array | None) -> dict[str, float]:
     return {} if strength is None else {"dense_targets": float(strength)}
 
 
-def _fit(moments: Regression, cross: Array, target_sum: Array, damping: Number, affine: bool) -> Compensation:
-    sums = Sums(moments.input_sum, target_sum, moments.tokens) if affine else None
-    return ridge(moments.gram, cross, damping, sums)
+def _fits(moments: Regression, damping: Number, affine: bool) -> tuple[Compensation, Compensation]:
+    """The maps onto plain targets and onto drifts, of one solve."""
+    sums = None
+    if affine:
+        sums = Sums(moments.input_sum, jnp.concatenate([moments.target_sum, moments.drift_sum]), moments.tokens)
+    both = ridge(moments.gram, jnp.concatenate([moments.cross, moments.drift], 1), damping, sums)
+    weights = jnp.split(both.weights, 2, 1)
+    offsets = (None, None) if both.offset is None else jnp.split(both.offset, 2)
+    plain, extra = (Compensation(w, o, both.indefinite) for w, o in zip(weights, offsets, strict=True))
+    return plain, extra
 
 
 def _best_strength(on: Regression, plain: Compensation, extra: Compensation) -> Float[Array, ""]:
