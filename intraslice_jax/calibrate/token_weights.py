@@ -6,8 +6,8 @@ import numpy as np
 from jaxtyping import Float
 
 CLIP = 10.0
-"""No token's squared gradient counts as more than this times the mean of its layer: a few tokens have hundreds of it,
-and least squares would fit them alone."""
+"""No token's squared gradient counts as more than this times the mean of its layer: in the lower layers about one in a
+hundred has more, up to 75 times the mean in SmolLM2-135M, and least squares would mostly fit these."""
 
 
 def token_weights(
