@@ -25,16 +25,18 @@ HELD_OUT = 1 / 8
 Moments = TypeVar("Moments")
 
 
-def held_out_windows(samples: int) -> int:
-    """How many of so many calibration windows are held out."""
-    return max(1, round(samples * HELD_OUT))
+def held_out_windows(samples: int, config: PruneConfig) -> int:
+    """How many of so many calibration windows are held out; 0 without dense targets, which the baselines never have."""
+    wanted = config.dense_targets > 0 and config.method == PruneConfig.method
+    return max(1, round(samples * HELD_OUT)) if wanted else 0
 
 
 def check_dense_targets(model: ModelConfig, samples: int, config: PruneConfig, mesh: Mesh | None) -> None:
     """Raises InputError where dense targets are asked for that this run cannot have."""
-    if config.dense_targets == 0:
+    held_out = held_out_windows(samples, config)
+    if not held_out:
         return
-    if samples <= held_out_windows(samples):
+    if samples <= held_out:
         raise InputError("dense_targets holds windows out and needs at least 2; raise --samples, or give 0")
     widest = max(shape.intermediate_size for shape in model.layers)
     if mesh is not None and not fits_one_device(widest):

@@ -119,7 +119,7 @@ def prune_model(
         ratios = ratios or _ratios(model, windows, config, on_batch, run_log)
         clock.finish("ratios")
         samples, seq = windows.shape
-        held_out = held_out_windows(samples) if config.dense_targets and config.method == PruneConfig.method else 0
+        held_out = held_out_windows(samples, config)
         # A batch is either held out or not.
         batch = batch_size(model.config, (math.gcd(samples, held_out), seq), config, ways(mesh))
         weights = _token_weights(model, windows, config, on_batch, run_log)
