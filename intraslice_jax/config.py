@@ -260,6 +260,10 @@ class PruneConfig:
         search_rounds: of `ratios: search`, at most.
         search_seconds: after which a search takes the best it has, 0 for no limit; with a limit the result depends on
             the machine.
+        loss_weight: how much more tokens count in the second moments when the dense model's loss gradient is larger at
+            them: 0 not at all, 1 in proportion to its squared norm.
+        dense_targets: how far each module may go beyond its own unpruned output on the pruned model's stream, towards
+            the stream of the dense model: the largest strength, 1 for all the way that held-out windows call for.
         refine: passes over the calibration text in which the pruned model is learned further towards the dense model's
             predictions, 0 for none.
         output_biases: give the o- and down-projections biases where the family has none, for methods that fill
@@ -286,6 +290,8 @@ class PruneConfig:
     pair_selection: Literal["products", "logits"] = "products"
     search_rounds: int = 2
     search_seconds: float = 0.0
+    loss_weight: float = 0.0
+    dense_targets: float = 0.0
     refine: int = 0
     output_biases: bool = False
     batch_size: int = 0
@@ -320,6 +326,10 @@ class PruneConfig:
             raise InputError(f"search_rounds must be at least 1, found {self.search_rounds}")
         if not 0 <= self.search_seconds < float("inf"):
             raise InputError(f"search_seconds must be 0 (no limit) or more, found {self.search_seconds}")
+        if not 0 <= self.loss_weight <= 1:
+            raise InputError(f"loss_weight must be in [0, 1], found {self.loss_weight}; 0 counts all tokens alike")
+        if not 0 <= self.dense_targets <= 1:
+            raise InputError(f"dense_targets must be in [0, 1], found {self.dense_targets}; 0 is without")
         if self.refine < 0:
             raise InputError(f"refine must be 0 (not at all) or more passes, found {self.refine}")
         if self.batch_size < 0:

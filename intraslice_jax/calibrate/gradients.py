@@ -131,6 +131,65 @@ def head_grams(
     return tuple(totals)
 
 
+@stage("token gradients")
+def token_gradients(
+    model: LanguageModel,
+    windows: Int[np.ndarray, "samples seq"],
+    *,
+    batch_size: int = 0,
+    memory_budget: int = 512 * 2**20,
+    on_batch: OnBatch | None = None,
+) -> Float[np.ndarray, "layers samples seq"]:
+    """||dL/dx||^2 of every token, x being the residual stream behind each layer and L its window's mean token loss.
+
+    Args:
+        model: dense, or pruned before.
+        windows: int32 tokens.
+        batch_size: sequences per step, 0 to choose it from the budget.
+        memory_budget: bytes that a step's activations may take.
+        on_batch: told after each step.
+
+    Returns:
+        float32, the same on all processes.
+
+    Raises:
+        RunError: a loss or a gradient is not finite; the message names the layer.
+    """
+    decoder = model.decoder
+    size = batch_size or ways(mesh_of(decoder)) * automatic_batch(model.config, windows.shape[1], False, memory_budget)
+    rope, found = decoder.rope_for(windows.shape[1]), []
+    with jax.default_matmul_precision("highest"):
+        for tokens, real, done in _batches(windows, size, mesh_of(decoder)):
+            x, boundaries, _ = _forwards(decoder, tokens, rope)
+            loss, cotangent = _loss_gradient(decoder, x, tokens)
+            if not np.isfinite(to_host(loss)).all():
+                raise RunError(f"the loss is not finite: {first_bad_layer(decoder, tokens)}")
+            found.append(_squared_norms(decoder, boundaries, rope, cotangent)[:, :real])
+            if on_batch is not None:
+                on_batch(done, len(windows))
+    return np.concatenate(found, 1)
+
+
+def _squared_norms(
+    decoder: Decoder, boundaries: list[Array], rope: RopeTable, cotangent: Array
+) -> Float[np.ndarray, "layers batch seq"]:
+    """Of the gradients behind all layers, given the one behind the last. Uses up the boundaries and the cotangent."""
+    norms = []
+    for block in reversed(decoder.layers):
+        norms.append(_squared_norm(cotangent))
+        cotangent, _ = _backward(gathered(block), boundaries.pop(), rope, cotangent, False)
+    found = np.stack([to_host(norm) for norm in reversed(norms)])
+    for i in reversed(range(len(found))):  # the gradient passes the layers from the last to the first
+        if not np.isfinite(found[i]).all():
+            raise RunError(f"the loss gradient behind layer {i} is not finite (try --dtype float32)")
+    return found
+
+
+@jax.jit
+def _squared_norm(cotangent: Float[Array, "batch seq hidden"]) -> Float[Array, "batch seq"]:
+    return jnp.square(cotangent.astype(jnp.float32)).sum(-1)
+
+
 class _Masks(NamedTuple):
     """Ones on the o-projection's input, or identity matrices, and ones on the down-projection's; float32."""
 

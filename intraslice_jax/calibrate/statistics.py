@@ -2,7 +2,8 @@
 
 Every function takes an accumulator and one batch of the residual stream [batch, seq, hidden] and returns the
 accumulator with the batch added; the accumulator's buffers are reused. Sums run over all tokens, in float32 and
-at the highest matmul precision (TPUs and GPUs would round the factors otherwise).
+at the highest matmul precision (TPUs and GPUs would round the factors otherwise). Where a batch comes with weights
+[batch, seq], each token counts as often as its weight says.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from intraslice_jax.config import LayerShape
-from intraslice_jax.models.attention import attend_causally
+from intraslice_jax.models.attention import Attention, attend_causally
 from intraslice_jax.models.decoder import Block
 from intraslice_jax.models.mlp import MLP, inner_activations
 from intraslice_jax.models.norm import Norm
@@ -61,6 +62,16 @@ class GramMoments(NamedTuple):
     total: Float[Array, " channels"]
 
 
+class DriftMoments(NamedTuple):
+    """What says how a module's inputs predict its drift from the dense model (docs/method.md 6.7)."""
+
+    cross: Float[Array, "inputs hidden"]
+    """Sum of inputs^T drift."""
+    drift_sum: Float[Array, " hidden"]
+    tokens: Float[Array, "1"]
+    """Sum of the tokens' weights."""
+
+
 def empty_attention_moments(shape: LayerShape) -> AttentionMoments:
     """An empty accumulator for the attention of a layer."""
     heads, kv, v, qk = shape.num_attention_heads, shape.num_key_value_heads, shape.v_head_dim, shape.qk_head_dim
@@ -87,6 +98,11 @@ def empty_map_moments(inputs: int, targets: int) -> MapMoments:
         input_sum=(inputs,),
         target_sum=(targets,),
     )
+
+
+def empty_drift_moments(inputs: int, hidden: int) -> DriftMoments:
+    """An empty accumulator for a drift."""
+    return zeros_like_moments(DriftMoments, cross=(inputs, hidden), drift_sum=(hidden,), tokens=(1,))
 
 
 def zeros_like_moments(kind: Callable[..., Moments], **shapes: tuple[int, ...]) -> Moments:
@@ -128,13 +144,31 @@ def _flat(y: Array) -> Array:
     return y.reshape(y.shape[0] * y.shape[1], -1).astype(jnp.float32)
 
 
-def _add_pair(moments: MapMoments, inputs: Array, targets: Array) -> MapMoments:
+Weights = Float[Array, "batch seq"] | None
+
+
+def _rooted(y: Array, weights: Weights) -> Array:
+    """Activations [batch, seq, ...] times the roots of their weights: products of two of them are weighted."""
+    return y if weights is None else y * jnp.sqrt(weights).reshape(*weights.shape, *(1,) * (y.ndim - 2))
+
+
+def _weighted(y: Float[Array, "batch seq ..."], weights: Weights) -> tuple[Array, Array]:
+    """Rows [tokens, channels] whose second moment is the weighted one, and the weighted sum over tokens."""
+    flat = _flat(y)
+    if weights is None:
+        return flat, flat.sum(0)
+    root = jnp.sqrt(weights).reshape(-1, 1)
+    return flat * root, (flat * weights.reshape(-1, 1)).sum(0)
+
+
+def _add_pair(moments: MapMoments, inputs: Array, targets: Array, weights: Weights = None) -> MapMoments:
+    (x, input_sum), (y, target_sum) = _weighted(inputs, weights), _weighted(targets, weights)
     return MapMoments(
-        moments.gram + _gram(inputs),
-        moments.cross + _product("ni,nj->ij", inputs, targets),
-        moments.target_gram + _gram(targets),
-        moments.input_sum + inputs.sum(0),
-        moments.target_sum + targets.sum(0),
+        moments.gram + _gram(x),
+        moments.cross + _product("ni,nj->ij", x, y),
+        moments.target_gram + _gram(y),
+        moments.input_sum + input_sum,
+        moments.target_sum + target_sum,
     )
 
 
@@ -145,12 +179,13 @@ def _head_grams(y: Float[Array, "batch seq heads width"]) -> Float[Array, "heads
 
 
 class Mixed(NamedTuple):
-    """An attention's queries and keys (after RoPE), values and output y on one batch."""
+    """An attention's queries and keys (after RoPE), values and output y on one batch, and the tokens' weights."""
 
     q: Float[Array, "batch seq heads qk"]
     k: Float[Array, "batch seq kv qk"]
     v: Float[Array, "batch seq kv v"]
     y: Float[Array, "batch seq heads v"]
+    weights: Weights = None
 
 
 @jax.jit
@@ -168,11 +203,14 @@ def add_attention(
     rotary_dim: int,
     joint_pairs: bool = True,
 ) -> AttentionMoments:
-    """Adds a batch to the moments of the attention as it is; to those of rotated channels only with `joint_pairs`."""
+    """Adds a batch to the moments of the attention as it is; to those of rotated channels only with `joint_pairs`.
+
+    Only those of the output are weighted: a key is read by all later tokens, so no token's weight is its own.
+    """
     q, k, y = (a.astype(jnp.float32) for a in (mixed.q, mixed.k, mixed.y))
     (turned_q, rest_q), (turned_k, rest_k) = (jnp.split(a, [rotary_dim], -1) for a in (q, k))
     new = moments._replace(
-        head_gram=moments.head_gram + _head_grams(y),
+        head_gram=moments.head_gram + _head_grams(_rooted(y, mixed.weights)),
         pair_scores=moments.pair_scores + jnp.abs(q * k[:, :, jnp.asarray(query_to_kv)]).sum((0, 1)),
         rest_query_gram=moments.rest_query_gram + _head_grams(rest_q),
         rest_key_gram=moments.rest_key_gram + _head_grams(rest_k),
@@ -227,7 +265,42 @@ def add_kept_attention(
     kept_k = jnp.einsum("bthk,hkw->bthw", mixed.k[:, :, kv], key_maps.astype(mixed.k.dtype))
     every = tuple(range(heads.shape[0]))
     kept = attend_causally(kept_q, kept_k, mixed.v[:, :, kv], every, scale, sliding_window)
-    return _add_pair(moments, _flat(kept), _flat(mixed.y)), kept
+    return _add_pair(moments, kept, mixed.y, mixed.weights), kept
+
+
+@jax.jit
+def attend(block: Block, x: Float[Array, "batch seq hidden"], rope: RopeTable) -> Float[Array, "batch seq hidden"]:
+    """The residual stream behind a layer's attention, given it before."""
+    return x + block.attention(block.input_norm(x), rope)
+
+
+@jax.jit
+def drift(
+    module: Attention | MLP,
+    activations: Array,
+    before: Float[Array, "batch seq hidden"],
+    dense: Float[Array, "batch seq hidden"],
+) -> Float[Array, "batch seq hidden"]:
+    """The dense model's stream behind a module, less what the unpruned module gives behind a pruned stream; float32.
+
+    Args:
+        module: unpruned.
+        activations: the input of its output projection, on the pruned stream.
+        before: the pruned stream before it.
+        dense: the dense stream behind it.
+    """
+    return dense.astype(jnp.float32) - before.astype(jnp.float32) - module.output(activations).astype(jnp.float32)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def add_drift(
+    moments: DriftMoments, inputs: Array, drifts: Float[Array, "batch seq hidden"], weights: Weights = None
+) -> DriftMoments:
+    """Adds a batch of what a pruned module maps to the stream, [batch, seq, ...], against the drift."""
+    (x, _), (d, total) = _weighted(inputs, weights), _weighted(drifts, weights)
+    tokens = jnp.asarray(len(x), jnp.float32) if weights is None else weights.sum()
+    cross = moments.cross + _product("ni,nj->ij", x, d)
+    return DriftMoments(cross, moments.drift_sum + total, moments.tokens + tokens[None])
 
 
 @jax.jit
@@ -255,7 +328,7 @@ def finish_selected(
 
 @functools.partial(jax.jit, donate_argnums=0)
 def attend_and_add_mlp(
-    moments: GramMoments, block: Block, x: Float[Array, "batch seq hidden"], rope: RopeTable
+    moments: GramMoments, block: Block, x: Float[Array, "batch seq hidden"], rope: RopeTable, weights: Weights = None
 ) -> tuple[GramMoments, Float[Array, "batch seq hidden"], Float[Array, "batch seq inner"]]:
     """Runs the (pruned) attention and adds the moments of the down-projection's input.
 
@@ -264,21 +337,21 @@ def attend_and_add_mlp(
     """
     after_attention = x + block.attention(block.input_norm(x), rope)
     inner = block.mlp.inner(block.mlp_input(x, after_attention))
-    return _add_gram(moments, inner), after_attention, inner
+    return _add_gram(moments, inner, weights), after_attention, inner
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def add_mlp(
-    moments: GramMoments, norm: Norm, mlp: MLP, x: Float[Array, "batch seq hidden"]
+    moments: GramMoments, norm: Norm, mlp: MLP, x: Float[Array, "batch seq hidden"], weights: Weights = None
 ) -> tuple[GramMoments, Float[Array, "batch seq inner"]]:
     """Adds the moments of the down-projection's input, and returns that, given what the MLP's norm reads."""
     inner = mlp.inner(norm(x))
-    return _add_gram(moments, inner), inner
+    return _add_gram(moments, inner, weights), inner
 
 
-def _add_gram(moments: GramMoments, inner: Float[Array, "batch seq inner"]) -> GramMoments:
-    z = _flat(inner)
-    return GramMoments(moments.gram + _gram(z), moments.total + z.sum(0))
+def _add_gram(moments: GramMoments, inner: Float[Array, "batch seq inner"], weights: Weights) -> GramMoments:
+    z, total = _weighted(inner, weights)
+    return GramMoments(moments.gram + _gram(z), moments.total + total)
 
 
 @functools.partial(jax.jit, static_argnames="hidden_act", donate_argnums=0)
@@ -290,5 +363,5 @@ def add_mlp_map(
     x: Float[Array, "batch seq hidden"],
 ) -> MapMoments:
     """Adds a batch of what an MLP reads: inputs are a small MLP's inner activations, targets the dense one's."""
-    kept, full = (_flat(inner_activations(hidden_act, weights, x)) for weights in (small, dense))
+    kept, full = (inner_activations(hidden_act, weights, x) for weights in (small, dense))
     return _add_pair(moments, kept, full)

@@ -29,6 +29,7 @@ class Options:
         preset: of `prune`; says the ratios and the refinement that are not given.
         ratios: as for `prune`; those of a file count as uniform ones.
         refine: passes of the refinement, as for `prune`; it needs all weights on the devices.
+        dense_targets: as for `prune`; above 0 the dense model's stream and further moments are held.
         search_rounds, sparsity, samples, sequence_length, memory_budget: as for `prune`.
         dtype: of the weights.
         output: JSON file to write the plan to.
@@ -47,6 +48,7 @@ class Options:
     ratios: str | None = None
     refine: int | None = None
     search_rounds: int = PruneConfig.search_rounds
+    dense_targets: float = 0.0
     samples: int = 128
     sequence_length: int = 2048
     memory_budget: int = 512 * 2**20
@@ -88,6 +90,7 @@ def run(options: Options) -> None:
         ratios,
         refine,
         options.search_rounds,
+        options.dense_targets,
     )
     model = describe(options.model)
     rates = _rates(options.flops, accelerator)

@@ -16,6 +16,9 @@ from intraslice_jax.parallel.rules import RULES, partition
 
 Moments = TypeVar("Moments")
 
+Split = int | tuple[int, ...]
+"""One argument's index, or those of several."""
+
 
 class MomentSum(Generic[Moments]):
     """A named tuple of float32 sums over all sequences.
@@ -33,13 +36,13 @@ class MomentSum(Generic[Moments]):
         self._mesh = mesh
         self._moments = empty if mesh is None else _zeros(empty, mesh)
 
-    def add(self, step: Callable[..., Moments], real: int, split: int, *args: Any, **statics: Hashable) -> None:
+    def add(self, step: Callable[..., Moments], real: int, split: Split, *args: Any, **statics: Hashable) -> None:
         """Adds a batch: `step(moments, *args, **statics)` returns the moments with it.
 
         Args:
             step: jitted, for example from `intraslice_jax.calibrate.statistics`.
             real: how many of the batch's sequences count, see `intraslice_jax.parallel.batches`.
-            split: which of the arguments is the batch, split over `data`; the others are the same on every row.
+            split: which of the arguments are of the batch, split over `data`; the others are the same on every row.
             args: arrays.
             statics: what the step is compiled for.
         """
@@ -49,7 +52,7 @@ class MomentSum(Generic[Moments]):
             self._moments = self._on_mesh(step, real, split, args, statics, False)[0]
 
     def add_and_pass(
-        self, step: Callable[..., tuple[Any, ...]], real: int, split: int, *args: Any, **statics: Hashable
+        self, step: Callable[..., tuple[Any, ...]], real: int, split: Split, *args: Any, **statics: Hashable
     ) -> tuple[Any, ...]:
         """`add` for a step that returns activations behind the moments; they are passed on, split like the batch."""
         if self._mesh is None:
@@ -62,12 +65,12 @@ class MomentSum(Generic[Moments]):
         self,
         step: Callable[..., Any],
         real: int,
-        split: int,
+        split: Split,
         args: tuple[Any, ...],
         statics: Mapping[str, Hashable],
         passes: bool,
     ) -> tuple[Any, ...]:
-        (batch, *_) = jax.tree.leaves(args[split])
+        batch = jax.tree.leaves([args[i] for i in _indices(split)])[0]
         partial = None if real == len(batch) else jnp.asarray(real, jnp.int32)  # a full batch needs no mask
         return add_on_mesh(
             step, self._mesh, split, tuple(sorted(statics.items())), passes, self._moments, partial, args
@@ -79,6 +82,10 @@ class MomentSum(Generic[Moments]):
             return self._moments
         total = reduce_over_data(self._moments, self._mesh, split)
         return total if split else jax.tree.map(lambda array: array.addressable_data(0), total)
+
+
+def _indices(split: Split) -> tuple[int, ...]:
+    return (split,) if isinstance(split, int) else split
 
 
 def _zeros(empty: Moments, mesh: Mesh) -> Moments:
@@ -97,7 +104,7 @@ def moment_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
 def add_on_mesh(
     step: Callable[..., Any],
     mesh: Mesh,
-    split: int,
+    split: Split,
     statics: tuple[tuple[str, Hashable], ...],
     passes: bool,
     moments: Any,
@@ -120,7 +127,7 @@ def add_on_mesh(
         return jax.tree.map(lambda a: a[None], new), *out
 
     rows, whole = PartitionSpec(DATA), PartitionSpec()
-    specs = tuple(rows if i == split else whole for i in range(len(args)))
+    specs = tuple(rows if i in _indices(split) else whole for i in range(len(args)))
     sharded = jax.shard_map(
         on_row, mesh=mesh, in_specs=(rows, whole, specs), out_specs=rows, axis_names={DATA}, check_vma=False
     )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from intraslice_jax.errors import InputError
 from intraslice_jax.parallel.mesh import DATA, ways
@@ -151,8 +151,8 @@ def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(DATA if rows % ways(mesh) == 0 else None))
 
 
-def put_batch(tokens: Int[np.ndarray, "batch seq"], mesh: Mesh | None) -> Int[Array, "batch seq"]:
-    """Token windows, each on the devices that compute with it."""
+def put_batch(tokens: Shaped[np.ndarray, "batch seq"], mesh: Mesh | None) -> Shaped[Array, "batch seq"]:
+    """Token windows, or a number per token, each window on the devices that compute with it."""
     return jnp.asarray(tokens) if mesh is None else put(tokens, batch_sharding(mesh, len(tokens)))
 
 

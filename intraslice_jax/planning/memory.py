@@ -82,6 +82,7 @@ class Setting:
         budget: the run's `memory_budget`: the most that kept activations may take.
         solves: whether the devices solve, and not their host.
         one_device: whether one of them is enough for the MLP's solve.
+        dense_targets: whether the dense model's stream is carried along, to correct modules towards it.
     """
 
     dense: ModelConfig
@@ -94,6 +95,7 @@ class Setting:
     budget: int
     solves: bool
     one_device: bool
+    dense_targets: bool = False
 
     @property
     def stream(self) -> int:
@@ -128,6 +130,7 @@ def standing(setting: Setting, residency: Residency) -> dict[str, int]:
         "pruned layers": (pruned.num_layers if held else 1) * small,
         "layer in use": in_use,
         "residual stream": 2 * setting.stream,
+        **({"dense stream": setting.stream} if setting.dense_targets else {}),
     }
 
 
@@ -155,6 +158,8 @@ def phases(setting: Setting, programs: Mapping[str, Program], residency: Residen
     local = itemsize * hidden * many
     local_attention, local_mlp = local * 2 * targets, local * 3 * shape.intermediate_size
     temporary = {name: program.temporary_bytes for name, program in programs.items()}
+    if setting.dense_targets:  # sums over the windows held out and over the others, also those against the drift
+        maps, gram = 2 * (maps + 4 * inputs * hidden), 2 * (gram + 4 * shape.intermediate_size * hidden)
     moments = {"head moments": heads, "kept attention": maps, "MLP": gram}
     sums = {name: size if not many else size // mesh.model + size for name, size in moments.items()}
     if not setting.one_device:

@@ -42,6 +42,7 @@ class Run:
     ratios: str = "uniform"
     refine: int = 0
     search_rounds: int = PruneConfig.search_rounds
+    dense_targets: float = 0.0
 
 
 def make_plan(
@@ -76,11 +77,21 @@ def make_plan(
     memory = None if accelerator is None else accelerator.memory if solves else accelerator.host_memory
     one_device = sizes.devices == 1 or fits_one_device(inner, memory)
     setting = Setting(
-        config, pruned, run.dtype, sizes, run.samples, run.sequence_length, steps, run.memory_budget, solves, one_device
+        config,
+        pruned,
+        run.dtype,
+        sizes,
+        run.samples,
+        run.sequence_length,
+        steps,
+        run.memory_budget,
+        solves,
+        one_device,
+        run.dense_targets > 0,
     )
     compiled = WholeModelSteps(config, config.layers[index], pruned.layers[index], mesh, run.sequence_length, run.dtype)
     z_bytes = per_row * run.sequence_length * inner * jnp.dtype(run.dtype).itemsize
-    solving = compiled.solves()
+    solving = compiled.solves(run.dense_targets > 0)
     programs = compiled.passes(per_row, steps * z_bytes <= run.memory_budget) | solving
     whole = WholeModel.of(setting, run, compiled)
     by_residency: dict[Residency, dict[str, dict[str, int]]] = {}
@@ -175,7 +186,7 @@ def _disk_bytes(setting: Setting, refine: int) -> dict[str, int]:
     stream = setting.samples * setting.seq * setting.dense.hidden_size * itemsize
     return {
         "checkpoint": setting.pruned.total_parameters() * itemsize,
-        "journal": setting.pruned.block_parameters() * itemsize + 2 * stream + states,
+        "journal": setting.pruned.block_parameters() * itemsize + 2 * (1 + setting.dense_targets) * stream + states,
     }
 
 

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from intraslice_jax.calibrate import statistics
-from intraslice_jax.calibrate.statistics import AttentionMoments, GramMoments, MapMoments
+from intraslice_jax.calibrate.statistics import AttentionMoments, DriftMoments, GramMoments, MapMoments
 from intraslice_jax.config import LayerShape, ModelConfig
 from intraslice_jax.errors import RunError
 from intraslice_jax.models.attention_by_head import heads_together
@@ -26,6 +26,7 @@ from intraslice_jax.parallel.moments import add_on_mesh, moment_sharding
 from intraslice_jax.parallel.rules import RULES, weight_shardings
 from intraslice_jax.prune import attention as attention_solve
 from intraslice_jax.prune import mlp as mlp_solve
+from intraslice_jax.prune.drift import Drift
 
 _ITEM = {"f64": 8, "f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "pred": 1}
 
@@ -123,8 +124,8 @@ class Steps:
             "output": analysed(output.compile()),
         }
 
-    def solves(self) -> dict[str, Program]:
-        """Of the solves in float64 on one device."""
+    def solves(self, dense_targets: bool = False) -> dict[str, Program]:
+        """Of the solves in float64 on one device, with corrections towards the dense model or without."""
         dense, pruned, hidden = self._dense, self._pruned, self._config.hidden_size
         heads, kept, v = dense.num_attention_heads, pruned.num_attention_heads, dense.v_head_dim
         kv, qk, to_kv = pruned.num_key_value_heads, dense.qk_head_dim, np.asarray(pruned.query_to_kv)
@@ -133,6 +134,12 @@ class Steps:
 
             def wide(*shape: int) -> Any:
                 return jax.ShapeDtypeStruct(shape, jnp.float64)
+
+            def drift(inputs: int, plain: MapMoments | GramMoments) -> Drift | None:
+                if not dense_targets:
+                    return None
+                sums = DriftMoments(wide(inputs, hidden), wide(hidden), wide(1))
+                return Drift(sums, sums, plain)
 
             moments = MapMoments(*(wide(*shape) for shape in _map_moments(kept * v, heads * v)))
             projections = {
@@ -143,10 +150,12 @@ class Steps:
             fuse = attention_solve._fuse.lower(
                 projections, {"o_proj": wide(heads, v, hidden)}, moments, wide(kept, qk, pruned.qk_head_dim),
                 wide(kv, qk, pruned.qk_head_dim), to_kv, wide(), wide(), pruned.v_head_dim, "activations",
+                drift(kept * v, moments), wide(),
             ).compile()  # fmt: skip
             index, dropped = (jax.ShapeDtypeStruct((count,), jnp.int64) for count in (left, inner - left))
+            gram = GramMoments(wide(inner, inner), wide(inner))
             fold = mlp_solve._fold.lower(
-                wide(inner, inner), wide(inner), wide(inner, hidden), None, index, dropped, wide(), wide()
+                *gram, wide(inner, hidden), None, index, dropped, wide(), wide(), drift(inner, gram), wide()
             ).compile()
         return {"attention solve": analysed(fuse), "MLP solve": analysed(fold)}
 

@@ -7,16 +7,18 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from intraslice_jax.calibrate.statistics import AttentionMoments, MapMoments
+from intraslice_jax.calibrate.statistics import AttentionMoments, DriftMoments, MapMoments
 from intraslice_jax.config import LayerShape
 from intraslice_jax.prune.compensation import Sums, relative_error, ridge
+from intraslice_jax.prune.dense_targets import Regression, correction, strength_note
+from intraslice_jax.prune.drift import Drift
 from intraslice_jax.prune.linalg import (
     Number,
     centred,
@@ -311,6 +313,8 @@ def fuse_attention(
     tokens: int,
     damping: float,
     value_basis: ValueBasis = "activations",
+    drift: Drift | None = None,
+    dense_targets: float = 0.0,
 ) -> tuple[PrunedAttention, Float[Array, "kept v hidden"]]:
     """Small attention weights: query/key maps, value basis and ridge map fused (docs/method.md 2.2, 2.3).
 
@@ -325,11 +329,13 @@ def fuse_attention(
         tokens: how many tokens the moments sum over.
         damping: relative ridge damping.
         value_basis: directions of the greatest variance, or of the greatest effect on the output.
+        drift: of y' against the module's drift from the dense model, where it is to be corrected.
+        dense_targets: the largest strength of that correction.
     """
     rows = {"q": np.asarray(plan.heads), "k": np.asarray(plan.kv_heads), "v": np.asarray(plan.kv_heads)}
     weights = {name: np.asarray(array) for name, array in arrays.items() if name != "rope_pairs"}
     projections = {name: array[..., rows[name[0]], :] for name, array in weights.items() if name[0] in rows}
-    new, from_kept, error, indefinite = _fuse(
+    new, from_kept, error, indefinite, strength = _fuse(
         {name: to_solver(array) for name, array in projections.items()},
         {name: to_solver(array) for name, array in weights.items() if name[0] == "o"},
         MapMoments(*map(to_solver, moments)),
@@ -340,9 +346,11 @@ def fuse_attention(
         damping,
         plan.v_width,
         value_basis,
+        jax.tree.map(to_solver, drift),
+        dense_targets,
     )
     new["rope_pairs"] = jnp.asarray(np.take_along_axis(np.asarray(arrays["rope_pairs"])[rows["k"]], maps.pairs, 1))
-    notes = {"solver": solver_name(indefinite)}
+    notes = {"solver": solver_name(indefinite), **strength_note(strength)}
     return PrunedAttention(new, plan.shape_of(shape), plan.heads, float(error), notes), from_kept
 
 
@@ -358,8 +366,14 @@ def _fuse(
     damping: Float[Array, ""],
     v_width: int,
     value_basis: ValueBasis,
-) -> tuple[dict[str, Array], Float[Array, "heads v hidden"], Float[Array, ""], Bool[Array, ""]]:
+    drift: Drift | None = None,
+    dense_targets: Float[Array, ""] | float = 0.0,
+) -> tuple[
+    dict[str, Array], Float[Array, "heads v hidden"], Float[Array, ""], Bool[Array, ""], Float[Array, ""] | None
+]:
     """The small weights, the map of y' to the output, its relative error, and whether the Gram matrix was indefinite.
+
+    The last is the strength of the correction towards the dense model; the error is the one without it.
 
     Args:
         projections: weights and biases of the kept query, key and value heads.
@@ -372,6 +386,8 @@ def _fuse(
         damping: relative ridge damping.
         v_width: channels of a value head.
         value_basis: what decides on its directions.
+        drift: of y' against the module's drift from the dense model.
+        dense_targets: the largest strength.
     """
     heads, kv_heads = len(to_kv), len(key_maps)
     sums = None
@@ -400,15 +416,43 @@ def _fuse(
     fit = ridge(gram, cross, damping, sums)
     error = relative_error(fit, gram, cross, moments.target_gram, o_proj, sums)
 
-    new = {"o_proj": (fit.weights @ o_proj).reshape(heads, v_width, -1)}
+    output_map = fit.weights @ o_proj
+    added = None
+    if drift is not None:
+        held = cast(MapMoments, drift.held_plain)
+        pairs = ((moments, drift.whole), (held, drift.held))
+        whole, apart = (_regression(plain, extra, rotation, o_proj) for plain, extra in pairs)
+        added = correction(whole, apart, damping, dense_targets, sums is not None)
+        output_map = output_map + added.weights
+    new = {"o_proj": output_map.reshape(heads, v_width, -1)}
     for name, head_maps in (("q", query_maps), ("k", key_maps), ("v", bases)):
         new[f"{name}_proj"] = jnp.einsum("dhk,hkw->dhw", projections[f"{name}_proj"], head_maps)
         if f"{name}_bias" in projections:
             new[f"{name}_bias"] = jnp.einsum("hk,hkw->hw", projections[f"{name}_bias"], head_maps)
     if fit.offset is not None:
         new["o_bias"] = output["o_bias"] + fit.offset @ o_proj
+        if added is not None and added.offset is not None:
+            new["o_bias"] = new["o_bias"] + added.offset
     from_kept = jnp.einsum("hvw,hwd->hvd", bases[to_kv], new["o_proj"])
-    return new, from_kept, error, fit.indefinite
+    return new, from_kept, error, fit.indefinite, None if added is None else added.strength
+
+
+def _regression(
+    plain: MapMoments,
+    drift: DriftMoments,
+    rotation: Float[Array, "inputs outputs"],
+    o_proj: Float[Array, "targets hidden"],
+) -> Regression:
+    """Of the rotated y' on the output."""
+    return Regression(
+        rotation.T @ plain.gram @ rotation,
+        rotation.T @ plain.cross @ o_proj,
+        rotation.T @ drift.cross,
+        plain.input_sum @ rotation,
+        plain.target_sum @ o_proj,
+        drift.drift_sum,
+        drift.tokens[0],
+    )
 
 
 def _block_diagonal(blocks: Float[Array, "heads v width"]) -> Float[Array, "inputs outputs"]:

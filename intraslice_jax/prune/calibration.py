@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from intraslice_jax.calibrate import statistics
 from intraslice_jax.calibrate.statistics import (
     AttentionMoments,
+    DriftMoments,
     GramMoments,
     MapMoments,
     Mixed,
@@ -25,15 +26,18 @@ from intraslice_jax.calibrate.statistics import (
 from intraslice_jax.config import LayerShape, ModelConfig, PruneConfig
 from intraslice_jax.errors import InputError, RunError
 from intraslice_jax.model import LanguageModel
+from intraslice_jax.models.attention import Attention
 from intraslice_jax.models.decoder import Block, block_from_arrays, decoder_to_arrays
+from intraslice_jax.models.mlp import MLP
 from intraslice_jax.models.rope import RopeTable
 from intraslice_jax.parallel.batches import even_batches
 from intraslice_jax.parallel.distributed import from_first
 from intraslice_jax.parallel.linalg import fits_one_device
 from intraslice_jax.parallel.mesh import ways
-from intraslice_jax.parallel.moments import MomentSum
+from intraslice_jax.parallel.moments import Moments, MomentSum
 from intraslice_jax.parallel.placement import local, mesh_of, put_batch, put_weights, replicated, to_host
 from intraslice_jax.parallel.rules import RULES
+from intraslice_jax.prune.drift import DenseStream, Drift, SplitSum
 from intraslice_jax.stages import stage
 
 Weights = TypeVar("Weights", Array, np.ndarray)
@@ -48,23 +52,67 @@ class ResidualStream:
         real: how many sequences of each batch count; copies fill up the rest.
         rope: position tables, the same for all batches.
         tokens: how many tokens there are.
+        rows: which windows each batch holds.
         mesh: which the model lies on, None for one device.
+        weights: how much every token counts in the moments of each layer, on average 1; None for all alike.
+        dense: the same set in the dense model, where modules are corrected towards it, else None.
+        held_out: how many batches, the last ones, hold the windows on which these corrections are judged.
     """
 
     batches: list[Array]
     real: list[int]
     rope: RopeTable
     tokens: int
+    rows: list[Int[np.ndarray, " batch"]]
     mesh: Mesh | None = None
+    weights: Float[np.ndarray, "layers samples seq"] | None = None
+    dense: DenseStream | None = None
+    held_out: int = 0
 
     @classmethod
-    def start(cls, model: LanguageModel, windows: np.ndarray, batch_size: int) -> ResidualStream:
-        """Embeds the windows, `batch_size` at a time for each part of the mesh's `data`."""
+    def start(
+        cls,
+        model: LanguageModel,
+        windows: np.ndarray,
+        batch_size: int,
+        weights: Float[np.ndarray, "layers samples seq"] | None = None,
+        held_out: int = 0,
+    ) -> ResidualStream:
+        """Embeds the windows, `batch_size` at a time for each part of the mesh's `data`.
+
+        Args:
+            model: whose embedding it is.
+            windows: int32 tokens.
+            batch_size: of each device row.
+            weights: of the tokens, None for all alike.
+            held_out: so many windows, the last ones, come in batches of their own, and the stream of the dense model
+                is carried along; 0 for neither.
+        """
         mesh = mesh_of(model.decoder)
-        parts = list(even_batches(len(windows), batch_size, ways(mesh)))
+        first = len(windows) - held_out
+        apart = [(first + rows, real) for rows, real in even_batches(held_out, batch_size, ways(mesh))]
+        parts = [*even_batches(first, batch_size, ways(mesh)), *apart]
         embedded = [model.decoder.embed(put_batch(windows[rows], mesh)) for rows, _ in parts]
         rope = replicated(model.decoder.rope_for(windows.shape[1]), mesh)
-        return cls(embedded, [real for _, real in parts], rope, windows.size, mesh)
+        rows, real = [rows for rows, _ in parts], [real for _, real in parts]
+        dense = DenseStream(list(embedded)) if held_out else None
+        return cls(embedded, real, rope, windows.size, rows, mesh, weights, dense, len(apart))
+
+    def moment_sum(self, empty: Moments) -> SplitSum[Moments]:
+        """A sum over the batches, those held out apart."""
+        return SplitSum(empty, self.mesh, len(self.batches), self.held_out)
+
+    def drift_sum(self, inputs: int) -> SplitSum[DriftMoments] | None:
+        """Likewise of the drift from the dense model, if that is carried along."""
+        if self.dense is None:
+            return None
+        return self.moment_sum(statistics.empty_drift_moments(inputs, self.batches[0].shape[-1]))
+
+    def weights_of(self, layer: int, batch: int) -> Float[Array, "batch seq"] | None:
+        """How much each token of a batch counts in a layer's moments, on the devices that hold the batch."""
+        if self.weights is None:
+            return None
+        return put_batch(self.weights[layer][self.rows[batch]], self.mesh)
 
 
 @dataclass(frozen=True)
@@ -126,8 +174,9 @@ class AttentionCalibration:
         if self._kept:
             yield from self._kept
             return
-        for x in self.stream.batches:
+        for i, x in enumerate(self.stream.batches):
             mixed = statistics.mix(self.block, x, self.stream.rope)
+            mixed = mixed._replace(weights=self.stream.weights_of(self.index, i))
             if fits(self.config, self.stream, mixed):
                 self._kept.append(mixed)
             yield mixed
@@ -138,8 +187,10 @@ class AttentionCalibration:
         heads: tuple[int, ...],
         query_maps: Float[Array, "kept qk width"],
         key_maps: Float[Array, "kept qk width"],
-    ) -> MapMoments:
+    ) -> tuple[MapMoments, Drift | None]:
         """Moments of the attention re-run with some query heads and mapped queries and keys, against the full one.
+
+        Also those of its drift from the dense model, where the dense stream is carried along.
 
         Args:
             heads: kept query heads.
@@ -149,10 +200,10 @@ class AttentionCalibration:
         v = self.shape.v_head_dim
         inputs, targets = len(heads) * v, self.shape.num_attention_heads * v
         attention, kv = self.block.attention, [self.shape.query_to_kv[h] for h in heads]
-        total = MomentSum(empty_map_moments(inputs, targets), self.stream.mesh)
+        total, drifts = self.stream.moment_sum(empty_map_moments(inputs, targets)), self.stream.drift_sum(inputs)
         kept = replicated((jnp.asarray(heads), jnp.asarray(kv), query_maps, key_maps), self.stream.mesh)
-        for mixed, real in zip(self._mixed(), self.stream.real, strict=True):
-            (again,) = total.add_and_pass(
+        for i, (mixed, real) in enumerate(zip(self._mixed(), self.stream.real, strict=True)):
+            (again,) = total.of(i).add_and_pass(
                 statistics.add_kept_attention,
                 real,
                 0,
@@ -161,9 +212,11 @@ class AttentionCalibration:
                 scale=attention.scale,
                 sliding_window=attention.sliding_window,
             )
+            add_drift(drifts, self.stream, i, attention, (mixed.y, again), self.stream.batches[i], mixed.weights)
             if not self.tried and fits(self.config, self.stream, again):
                 self._again.append(again)
-        return check_finite(self.index, "attention", total.total())
+        whole, held = total.totals()
+        return check_finite(self.index, "attention", whole), drift_of(drifts, held)
 
     def after_attention(
         self, output: Float[Array, "kept v hidden"], bias: Float[Array, " hidden"] | None
@@ -202,6 +255,9 @@ class MLPCalibration:
         real: how many sequences of each batch count.
         tokens: how many tokens the moments sum over.
         config: the run's settings.
+        num_layers: of the model.
+        drift: moments of the down-projection's input against the module's drift from the dense model, if that is
+            carried along.
     """
 
     index: int
@@ -214,6 +270,7 @@ class MLPCalibration:
     tokens: int
     config: PruneConfig
     num_layers: int
+    drift: Drift | None = None
 
     @classmethod
     @stage("MLP moments")
@@ -233,23 +290,29 @@ class MLPCalibration:
         """
         block = block_from_arrays(model, shape, arrays)
         inner = shape.intermediate_size
-        total = MomentSum(zeros_like_moments(GramMoments, gram=(inner, inner), total=(inner,)), stream.mesh)
+        total = stream.moment_sum(zeros_like_moments(GramMoments, gram=(inner, inner), total=(inner,)))
+        drifts = stream.drift_sum(inner)
         after_attention, inner_activations = [], []
         norm = block.input_norm if block.post_norm is None else block.post_norm
         for i, (x, real) in enumerate(zip(stream.batches, stream.real, strict=True)):
+            weights = stream.weights_of(index, i)
             if behind is None:
-                after, z = total.add_and_pass(statistics.attend_and_add_mlp, real, 1, block, x, stream.rope)
+                after, z = total.of(i).add_and_pass(
+                    statistics.attend_and_add_mlp, real, (1, 3), block, x, stream.rope, weights
+                )
             else:
                 after, read = behind[i], x if model.parallel_block else behind[i]
-                (z,) = total.add_and_pass(statistics.add_mlp, real, 2, norm, block.mlp, read)
+                (z,) = total.of(i).add_and_pass(statistics.add_mlp, real, (2, 3), norm, block.mlp, read, weights)
+            add_drift(drifts, stream, i, block.mlp, (z, z), after, weights)
             after_attention.append(after)
             if fits(config, stream, z):
                 inner_activations.append(z)
         sources = stream.batches if model.parallel_block else [None] * len(after_attention)
+        whole, held = total.totals(split=stream.mesh is not None and not fits_one_device(inner))
         return cls(
             index,
             block,
-            check_finite(index, "MLP", total.total(split=stream.mesh is not None and not fits_one_device(inner))),
+            check_finite(index, "MLP", whole),
             after_attention,
             list(sources),
             inner_activations,
@@ -257,6 +320,7 @@ class MLPCalibration:
             stream.tokens,
             config,
             model.num_layers,
+            drift_of(drifts, held),
         )
 
     @functools.cached_property
@@ -287,6 +351,41 @@ class MLPCalibration:
             statistics.finish_layer(block, after, source)
             for after, source in zip(self.after_attention, self.sources, strict=True)
         ]
+
+
+def add_drift(
+    drifts: SplitSum[DriftMoments] | None,
+    stream: ResidualStream,
+    batch: int,
+    module: Attention | MLP,
+    activations: tuple[Array, Array],
+    before: Float[Array, "batch seq hidden"],
+    weights: Float[Array, "batch seq"] | None,
+) -> None:
+    """Adds a batch to the moments of a module's drift, where there are any.
+
+    Args:
+        drifts: the sum.
+        stream: with the dense stream behind the module.
+        batch: its number.
+        module: unpruned.
+        activations: the input of its output projection, and that of the pruned module, on the pruned stream.
+        before: the pruned stream before the module.
+        weights: of the tokens.
+    """
+    if drifts is None or stream.dense is None:
+        return
+    full, kept = activations
+    found = statistics.drift(module, full, before, stream.dense.batches[batch])
+    drifts.of(batch).add(statistics.add_drift, stream.real[batch], (0, 1, 2), kept, found, weights)
+
+
+def drift_of(drifts: SplitSum[DriftMoments] | None, held_plain: Any) -> Drift | None:
+    """The sums, with the module's other moments on the windows held out."""
+    if drifts is None:
+        return None
+    whole, held = drifts.totals()
+    return None if held is None else Drift(whole, held, held_plain)
 
 
 def fits(config: PruneConfig, stream: ResidualStream, per_batch: Any) -> bool:

@@ -70,10 +70,19 @@ class IntraSlice:
         with solver_precision():
             maps = query_key_maps(moments, plan, shape, layer.tokens, config.damping, config.pair_selection)
             query, key = (np.asarray(a, np.float32) for a in (maps.query, maps.key))
-        kept = layer.kept_moments(plan.heads, jnp.asarray(query), jnp.asarray(key[list(plan.local_query_to_kv)]))
+        kept, drift = layer.kept_moments(plan.heads, jnp.asarray(query), jnp.asarray(key[list(plan.local_query_to_kv)]))
         with solver_precision():
             fused, from_kept = fuse_attention(
-                arrays, shape, plan, maps, kept, layer.tokens, config.damping, config.value_basis
+                arrays,
+                shape,
+                plan,
+                maps,
+                kept,
+                layer.tokens,
+                config.damping,
+                config.value_basis,
+                drift,
+                config.dense_targets,
             )
             output, bias = (
                 None if array is None else np.asarray(array, np.float32)
@@ -96,7 +105,7 @@ class IntraSlice:
                     kept = eliminate(arrays, moments, layer.tokens, keep, damping, config.selection_noise)
                 else:
                     kept = select_channels(moments.gram, arrays["down_proj"], keep)
-                plain = fuse_mlp(arrays, moments, layer.tokens, kept, damping)
+                plain = fuse_mlp(arrays, moments, layer.tokens, kept, damping, layer.drift, config.dense_targets)
         if not self._wants_mixtures(layer, keep):
             return plain
         return better_mlp(layer, plain, keep, IterativeSettings())

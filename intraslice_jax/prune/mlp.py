@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from intraslice_jax.calibrate.statistics import GramMoments, MapMoments
+from intraslice_jax.calibrate.statistics import DriftMoments, GramMoments, MapMoments
 from intraslice_jax.prune.compensation import Compensation, Sums, relative_error, ridge
+from intraslice_jax.prune.dense_targets import Regression, correction, strength_note
+from intraslice_jax.prune.drift import Drift
 from intraslice_jax.prune.elimination import eliminate_channels, inverse_moment
 from intraslice_jax.prune.linalg import solver_name, to_solver
 from intraslice_jax.prune.method import PrunedMLP
@@ -48,7 +51,13 @@ def eliminate(
 
 
 def fuse_mlp(
-    arrays: Mapping[str, Array], moments: GramMoments, tokens: int, kept: Int[np.ndarray, " keep"], damping: float
+    arrays: Mapping[str, Array],
+    moments: GramMoments,
+    tokens: int,
+    kept: Int[np.ndarray, " keep"],
+    damping: float,
+    drift: Drift | None = None,
+    dense_targets: float = 0.0,
 ) -> PrunedMLP:
     """Keeps some channels and folds the rest, regressed on them, into the down-projection.
 
@@ -58,13 +67,19 @@ def fuse_mlp(
         tokens: how many tokens the moments sum over.
         kept: channels that stay, ascending.
         damping: relative ridge damping.
+        drift: of the down-projection's input against the module's drift from the dense model, where it is to be
+            corrected.
+        dense_targets: the largest strength of that correction.
     """
     gram, total, down = to_solver(moments.gram), to_solver(moments.total), to_solver(arrays["down_proj"])
     bias = to_solver(arrays["down_bias"]) if "down_bias" in arrays else None
     dropped = np.setdiff1d(np.arange(len(down)), kept)
-    new, error, indefinite = _fold(gram, total, down, bias, kept, dropped, float(tokens), damping)
+    new, error, indefinite, strength = _fold(
+        gram, total, down, bias, kept, dropped, float(tokens), damping, jax.tree.map(to_solver, drift), dense_targets
+    )
     new |= {name: arrays[name][..., kept] for name in arrays if not name.startswith("down")}
-    return PrunedMLP(new, float(error), kept, {"solver": solver_name(indefinite)})
+    notes = {"solver": solver_name(indefinite), **strength_note(strength)}
+    return PrunedMLP(new, float(error), kept, notes)
 
 
 @jax.jit
@@ -77,8 +92,13 @@ def _fold(
     dropped: Int[Array, " drop"],
     tokens: Float[Array, ""],
     damping: Float[Array, ""],
-) -> tuple[dict[str, Array], Float[Array, ""], Bool[Array, ""]]:
-    """The small down-projection, the relative error of the output, and whether the Gram matrix was indefinite."""
+    drift: Drift | None = None,
+    dense_targets: Float[Array, ""] | float = 0.0,
+) -> tuple[dict[str, Array], Float[Array, ""], Bool[Array, ""], Float[Array, ""] | None]:
+    """The small down-projection, the relative error of the output, and whether the Gram matrix was indefinite.
+
+    The last is the strength of the correction towards the dense model; the error is the one without it.
+    """
     # The kept channels are known exactly; only what the dropped ones give to the output is predicted.
     inputs, stay, lost = gram[kept[:, None], kept], down[kept], down[dropped]
     cross = gram[kept[:, None], dropped] @ lost
@@ -89,10 +109,38 @@ def _fold(
     error = given + jnp.sum(fit.weights * (inputs @ fit.weights - 2 * cross))
     if sums is not None and bias is not None and fit.offset is not None:
         new["down_bias"] = bias + fit.offset
-        drift = sums.inputs @ fit.weights - sums.targets
-        error += jnp.sum(fit.offset * (2 * drift + sums.tokens * fit.offset))
+        missed = sums.inputs @ fit.weights - sums.targets
+        error += jnp.sum(fit.offset * (2 * missed + sums.tokens * fit.offset))
     energy = given + jnp.sum(stay * (inputs @ stay + 2 * cross))
-    return new, jnp.maximum(error, 0) / jnp.maximum(energy, 1e-30), fit.indefinite
+    strength = None
+    if drift is not None:
+        pairs = ((GramMoments(gram, total), drift.whole), (cast(GramMoments, drift.held_plain), drift.held))
+        whole, held = (_regression(plain, extra, lost, kept, dropped) for plain, extra in pairs)
+        added = correction(whole, held, damping, dense_targets, bias is not None)
+        new["down_proj"] = new["down_proj"] + added.weights
+        if added.offset is not None:
+            new["down_bias"] = new["down_bias"] + added.offset
+        strength = added.strength
+    return new, jnp.maximum(error, 0) / jnp.maximum(energy, 1e-30), fit.indefinite, strength
+
+
+def _regression(
+    plain: GramMoments,
+    drift: DriftMoments,
+    lost: Float[Array, "drop hidden"],
+    kept: Int[Array, " keep"],
+    dropped: Int[Array, " drop"],
+) -> Regression:
+    """Of the kept channels on what the dropped ones give to the output."""
+    return Regression(
+        plain.gram[kept[:, None], kept],
+        plain.gram[kept[:, None], dropped] @ lost,
+        drift.cross[kept],
+        plain.total[kept],
+        plain.total[dropped] @ lost,
+        drift.drift_sum,
+        drift.tokens[0],
+    )
 
 
 def fuse_inner(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
+from intraslice_jax.calibrate.gradients import token_gradients
+from intraslice_jax.calibrate.token_weights import token_weights
 from intraslice_jax.config import LayerShape, ModelConfig, PruneConfig
 from intraslice_jax.environment import StageClock
 from intraslice_jax.errors import InputError
@@ -34,6 +37,7 @@ from intraslice_jax.prune.calibration import (
     check_weights,
     replace,
 )
+from intraslice_jax.prune.drift import check_dense_targets, held_out_windows
 from intraslice_jax.prune.estimators import FromFile, Uniform, estimate_ratios, find_estimator
 from intraslice_jax.prune.intraslice import IntraSlice
 from intraslice_jax.prune.method import PruningMethod
@@ -42,6 +46,9 @@ from intraslice_jax.prune.refine import RefineSettings, refine
 from intraslice_jax.prune.resume import RunLog
 from intraslice_jax.prune.shapes import layer_changes
 from intraslice_jax.prune.uniform import UniformLayout, plan_uniform_layout, unlike
+
+TOKEN_GRADIENTS = "token_gradients"
+"""What a run's log calls their squared norms."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +85,8 @@ def prune_model(
         windows: int32 calibration tokens.
         config: how much and how.
         on_layer: called after each layer with its record.
-        on_batch: called while the ratios are estimated, and while the pruned model is refined, with the sequences
-            done and their number.
+        on_batch: called while the ratios are estimated, the loss gradients at the tokens are taken and the pruned
+            model is refined, with the sequences done and their number.
         ratios: given, they are used instead of what `config.ratios` estimates.
         mesh: to spread the work over (`intraslice_jax.parallel.mesh`); None leaves the model on the device or the
             mesh that it is on.
@@ -103,6 +110,7 @@ def prune_model(
     if config.layout == "uniform" and ratios is None and not isinstance(estimator, Uniform | FromFile):
         raise unlike(config)
     mesh = mesh or mesh_of(model.decoder)
+    check_dense_targets(model.config, len(windows), config, mesh)
     model = on_mesh(model, mesh)
     check_weights(decoder_to_arrays(model.decoder))
     dense = model.config
@@ -111,16 +119,22 @@ def prune_model(
     with jax.default_matmul_precision("highest"):
         ratios = ratios or _ratios(model, windows, config, on_batch, run_log)
         clock.finish("ratios")
-        batch = batch_size(model.config, windows.shape, config, ways(mesh))
         if ratios.heads:
             if not isinstance(method, IntraSlice):
                 raise InputError(f"only method intraslice takes widths of heads, found method {config.method}")
             method = IntraSlice(heads=dict(enumerate(ratios.heads)))
+        samples, seq = windows.shape
+        held_out = held_out_windows(samples, config)
+        # A batch is either held out or not.
+        batch = batch_size(model.config, (math.gcd(samples, held_out), seq), config, ways(mesh))
+        weights = _token_weights(model, windows, config, on_batch, run_log)
+        if weights is not None:
+            clock.finish("token gradients")
         layout = None
         if config.layout == "uniform":
-            layout = _layout(model, ResidualStream.start(model, windows, batch), ratios, config, run_log)
+            layout = _layout(model, ResidualStream.start(model, windows, batch, weights), ratios, config, run_log)
             method = IntraSlice(layout)
-        stream = ResidualStream.start(model, windows, batch)
+        stream = ResidualStream.start(model, windows, batch, weights, held_out)
         blocks, records = _prune_layers(model, stream, method, ratios, config, on_layer, layout, run_log)
     pruned = model.config.with_layers(tuple(block.shape for block in blocks))
     decoder = _assembled(model.decoder, pruned, [block.arrays for block in blocks], mesh)
@@ -173,6 +187,30 @@ def _ratios(
     return found
 
 
+def _token_weights(
+    model: LanguageModel,
+    windows: np.ndarray,
+    config: PruneConfig,
+    on_batch: Callable[[int, int], None] | None,
+    run_log: RunLog | None,
+) -> np.ndarray | None:
+    """How much every token counts in each layer's moments, by gradients of the log or new ones that are kept there.
+
+    None for all alike, and for the baselines, which have no such setting.
+    """
+    if config.loss_weight == 0 or config.method != PruneConfig.method:
+        return None
+    kept = None if run_log is None else run_log.get_arrays(TOKEN_GRADIENTS)
+    if kept is not None:
+        return token_weights(kept[0]["squares"], config.loss_weight)
+    found = token_gradients(
+        model, windows, batch_size=config.batch_size, memory_budget=config.memory_budget, on_batch=on_batch
+    )
+    if run_log is not None:
+        run_log.put_arrays(TOKEN_GRADIENTS, {"squares": found}, {})
+    return token_weights(found, config.loss_weight)
+
+
 def _layout(
     model: LanguageModel, stream: ResidualStream, ratios: LayerRatios, config: PruneConfig, run_log: RunLog | None
 ) -> UniformLayout:
@@ -217,6 +255,8 @@ def _prune_layers(
         arrays = decoder_to_arrays(block)
         if streamed:
             check_weights(arrays, f"layers.{i}.")
+        if stream.dense is not None:
+            stream.dense.attend(block, stream.rope)
         attention = method.prune_attention(
             AttentionCalibration(
                 i, block, model.config.layers[i], stream, config, model.config, ledger.attention_range(i)
@@ -227,6 +267,8 @@ def _prune_layers(
         ledger.attention_done(i, attention.shape)
         arrays = replace(arrays, "attention", attention.arrays, stream.mesh)
 
+        if stream.dense is not None:
+            stream.dense.finish(block)
         width = ledger.mlp_width(i) if layout is None else layout.intermediate_size
         calibration = MLPCalibration.run(i, model.config, attention.shape, arrays, stream, config, attention.behind)
         mlp = method.prune_mlp(calibration, width)
@@ -252,7 +294,7 @@ def _prune_layers(
         records.append(record)
         if run_log is not None:
             facts = {"shape": dataclasses.asdict(shape), "record": dataclasses.asdict(record)}
-            behind = stream.batches if i + 1 < model.config.num_layers else []
+            behind = _streams(stream) if i + 1 < model.config.num_layers else []
             run_log.layer_done(i, arrays, facts, behind, {"owed": ledger.owed})
         if streamed:  # the log gives them back when they are wanted
             arrays = _in_host_memory(arrays, stream.mesh) if run_log is None else {}
@@ -298,9 +340,17 @@ def _finished(
         blocks.append(PrunedBlock(arrays, LayerShape.from_json(facts["shape"])))
         records.append(LayerRecord(**{**facts["record"], "kept_heads": tuple(facts["record"]["kept_heads"])}))
     more = run_log.layers_done < len(ledger)
-    stream.batches, facts = run_log.stream(stream.batches if more else [])
+    both, facts = run_log.stream(_streams(stream) if more else [])
+    if stream.dense is not None:
+        stream.dense.batches = both[len(stream.batches) :]
+    stream.batches = both[: len(stream.batches)]
     ledger.owed = facts["owed"]
     return blocks, records
+
+
+def _streams(stream: ResidualStream) -> list[Array]:
+    """What a run that goes on behind a layer needs: the pruned model's batches, then the dense one's if it has them."""
+    return stream.batches if stream.dense is None else [*stream.batches, *stream.dense.batches]
 
 
 def _check_windows(model: LanguageModel, windows: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""Widths of all modules by exchanging parameters between them, judged in the pruned model (docs/method.md 6.6)."""
+"""Widths of all modules by exchanging parameters between them, judged in the pruned model (docs/method.md 6.3)."""
 
 from __future__ import annotations
 
@@ -168,7 +168,8 @@ class _Candidates:
 
     def __init__(self, model: LanguageModel, windows: np.ndarray, config: PruneConfig) -> None:
         self.train, self.held_out = split_windows(windows)
-        self.config = dataclasses.replace(config, refine=0, iterative="never", output_biases=False)
+        plain = {"refine": 0, "iterative": "never", "output_biases": False, "loss_weight": 0.0, "dense_targets": 0.0}
+        self.config = dataclasses.replace(config, **plain)
         self._model = model
 
     def prune(self, ratios: LayerRatios) -> _Candidate:

@@ -90,6 +90,8 @@ def copy(stopped, tmp_path):
         ("biases", {"method": "flap"}),
         ("gqa", {"ratios": "fisher_pca"}),
         ("mha", {"layout": "uniform"}),
+        ("gqa", {"loss_weight": 0.5}),
+        ("phi", {"dense_targets": 1.0}),
     ],
 )
 def test_a_continued_run_gives_the_same_bits(flavour, settings, tmp_path):
@@ -116,14 +118,15 @@ def test_a_run_that_was_stopped_behind_the_last_layer(tmp_path):
 
 def test_what_took_a_pass_over_the_text_is_not_done_again(tmp_path, monkeypatch):
     model = make("gqa", layers=2)
-    for settings in ({"ratios": "fisher"}, {"layout": "uniform"}):
+    for settings, function in (
+        ({"ratios": "fisher"}, "estimate_ratios"),
+        ({"layout": "uniform"}, "plan_uniform_layout"),
+        ({"loss_weight": 0.5}, "token_gradients"),
+    ):
         config, folder = dataclasses.replace(FINE, **settings), tmp_path / next(iter(settings))
         interrupted(model, config, folder, 0)
         with monkeypatch.context() as patch:
-            if "ratios" in settings:
-                patch.setattr(pipeline, "estimate_ratios", lambda *_: pytest.fail("estimated again"))
-            else:
-                patch.setattr(pipeline, "plan_uniform_layout", lambda *_: pytest.fail("planned again"))
+            patch.setattr(pipeline, function, lambda *_, **__: pytest.fail("done again"))
             run(model, config, folder)
 
 

@@ -28,7 +28,7 @@ from intraslice_jax.parallel.linalg import cholesky_solve
 from intraslice_jax.parallel.mesh import make_mesh
 from intraslice_jax.parallel.placement import LocalParts, gathered, put_batch, put_parts, put_weights, replicated
 from intraslice_jax.parallel.rules import weight_shardings
-from intraslice_jax.prune import calibration
+from intraslice_jax.prune import calibration, drift
 from intraslice_jax.prune import refine as refine_module
 from intraslice_jax.prune.linalg import solver_precision
 from intraslice_jax.prune.mlp import fuse_mlp, select_channels
@@ -82,6 +82,31 @@ def test_every_mesh_gives_the_weights_of_one_device(flavour, mesh, count):
     for a, b in zip(found.report["layers"], expected.report["layers"], strict=True):
         assert a["kept_heads"] == b["kept_heads"]
         assert a["mlp_error"] == pytest.approx(b["mlp_error"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "settings"),
+    [
+        ("data=8", {"loss_weight": 0.8}),
+        ("data=2,model=4", {"loss_weight": 0.8, "dense_targets": 1.0}),
+        ("data=8", {"dense_targets": 1.0}),
+    ],
+)
+def test_weighted_tokens_and_dense_targets_on_a_mesh(mesh, settings):
+    config = dataclasses.replace(FINE, **settings)
+    expected = prune_model(model_of("biases"), windows(10), config)
+    found = arrays_of(prune_model(model_of("biases"), windows(10), config, mesh=make_mesh(mesh)))
+    plain = arrays_of(on_one_device("biases", 10))
+    for name, array in arrays_of(expected).items():
+        assert_near(found[name], array, 2 * TOLERANCE)
+    assert np.abs(found["layers.0.mlp.down_proj"] - plain["layers.0.mlp.down_proj"]).max() > 1e-2
+
+
+def test_dense_targets_need_the_gram_matrix_on_one_device(monkeypatch):
+    monkeypatch.setattr(drift, "fits_one_device", lambda size: size < 24)
+    config = dataclasses.replace(FINE, dense_targets=1.0)
+    with pytest.raises(InputError, match="dense_targets needs the Gram matrix of 24 channels"):
+        prune_model(model_of("gqa"), windows(10), config, mesh=make_mesh("data=2,model=4"))
 
 
 def test_a_model_learned_further_on_a_mesh():

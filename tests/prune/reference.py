@@ -18,12 +18,13 @@ ACTIVATIONS = {
 }
 
 
-def ridge(inputs, targets, damping, affine=False):
+def ridge(inputs, targets, damping, affine=False, weights=None):
     """Least squares with one extra row sqrt(lambda) e_i and target 0 for every input; returns (A, offset)."""
     mean_in, mean_out = np.zeros(inputs.shape[1]), np.zeros(targets.shape[1])
     if affine:
-        mean_in, mean_out = inputs.mean(0), targets.mean(0)
-    x, y = inputs - mean_in, targets - mean_out
+        mean_in, mean_out = (np.average(a, 0, weights) for a in (inputs, targets))
+    root = 1 if weights is None else np.sqrt(weights)[:, None]
+    x, y = (inputs - mean_in) * root, (targets - mean_out) * root
     rows = np.sqrt(damping * np.mean(np.sum(x**2, 0))) * np.eye(x.shape[1])
     stacked = np.concatenate([x, rows]), np.concatenate([y, np.zeros((len(rows), y.shape[1]))])
     a = np.linalg.lstsq(*stacked, rcond=None)[0]
@@ -84,6 +85,25 @@ def product_projection(queries, keys, rank):
     return np.linalg.pinv(queries) @ truncated @ np.linalg.pinv(keys).T
 
 
+def correction(inputs, target, drift, weights, damping, most, affine):
+    """What is added to the map of inputs [windows, seq, width] onto targets, towards target + drift (section 6.7)."""
+    held = max(1, round(len(inputs) / 8))
+
+    def fit(windows, onto):
+        x, y, w = (a[windows].reshape(-1, *a.shape[2:]) for a in (inputs, onto, weights))
+        a, offset = ridge(x, y, damping, affine, w)
+        return a, offset * affine
+
+    (plain, shift), (extra, more) = (fit(slice(None, -held), onto) for onto in (target, drift))
+    x, root = inputs[-held:], np.sqrt(weights[-held:])[..., None]
+    missed = (target + drift)[-held:] - x @ plain - shift
+    step = x @ extra + more
+    best = np.linalg.lstsq((step * root).reshape(-1, 1), (missed * root).reshape(-1), rcond=None)[0][0]
+    strength = min(max(best, 0.0), most)
+    extra, more = fit(slice(None), drift)
+    return strength * extra, strength * more, strength
+
+
 @dataclass
 class Projections:
     """What stands between the weights of one full-size layer; identities for a dense one."""
@@ -96,6 +116,12 @@ class Projections:
     mlp_channels: list
     mlp: np.ndarray
     mlp_offset: np.ndarray
+    value_basis: np.ndarray
+    attention_added: np.ndarray
+    attention_shift: np.ndarray
+    mlp_added: np.ndarray
+    mlp_shift: np.ndarray
+    strengths: list
 
 
 class Layer:
@@ -110,7 +136,10 @@ class Layer:
         n, v, inner = self.shape.num_attention_heads, self.shape.v_head_dim, self.shape.intermediate_size
         qk = np.tile(np.eye(self.shape.qk_head_dim), (self.shape.num_key_value_heads, 1, 1))
         zero = np.zeros(n * v)
-        return Projections(list(range(n)), {}, qk, np.eye(n * v), zero, [], np.eye(inner), np.zeros(inner))
+        hidden = self.config.hidden_size
+        added = [np.zeros((n * v, hidden)), np.zeros(hidden), np.zeros((inner, hidden)), np.zeros(hidden), []]
+        whole = np.eye(n * v)
+        return Projections(list(range(n)), {}, qk, whole, zero, [], np.eye(inner), np.zeros(inner), whole, *added)
 
     def norm(self, name, x):
         if self.config.norm == "layer":
@@ -161,9 +190,15 @@ class Layer:
         return y.reshape(*y.shape[:2], -1)
 
     def attention(self, x, projections):
-        y = self.mixed(x, projections) @ projections.attention + projections.attention_offset
+        mixed = self.mixed(x, projections)
+        y = mixed @ projections.attention + projections.attention_offset
+        added = mixed @ projections.attention_added + projections.attention_shift
+        return y @ self.output_map + self.w.get("attention.o_bias", 0) + added
+
+    @property
+    def output_map(self):
         o_proj = self.w["attention.o_proj"]
-        return y @ o_proj.reshape(-1, o_proj.shape[-1]) + self.w.get("attention.o_bias", 0)
+        return o_proj.reshape(-1, o_proj.shape[-1])
 
     def inner(self, x, after_attention):
         """The down-projection's input z."""
@@ -176,28 +211,56 @@ class Layer:
         return act(x @ self.w["mlp.gate_proj"] + self.w.get("mlp.gate_bias", 0)) * up
 
     def mlp(self, z, projections):
+        added = z @ projections.mlp_added + projections.mlp_shift
         z = z @ projections.mlp + projections.mlp_offset
-        return z @ self.w["mlp.down_proj"] + self.w.get("mlp.down_bias", 0)
+        return z @ self.w["mlp.down_proj"] + self.w.get("mlp.down_bias", 0) + added
 
     def run(self, x, projections):
         after = x + self.attention(x, projections)
         return after + self.mlp(self.inner(x, after), projections)
 
-    def prune(self, x, ratio, mlp_width, damping, attention=True):
-        """Section 2, then section 3 behind the pruned attention; returns the projections."""
+    def prune(self, x, ratio, mlp_width, damping, attention=True, weights=None, dense=None, most=0.0):
+        """Section 2, then section 3 behind the pruned attention; returns the projections.
+
+        `weights` [batch, seq] say how often each token counts. Modules are corrected towards the stream of the dense
+        model, `dense` before the layer, with a strength of at most `most`.
+        """
         found = self.dense()
+        weights = np.ones(x.shape[:2]) if weights is None else np.asarray(weights, np.float64)
         if attention:
-            self._prune_attention(x, ratio, damping, found)
+            self._prune_attention(x, ratio, damping, found, weights)
+            if dense is not None:
+                self._correct_attention(x, dense, weights, damping, most, found)
         after = x + self.attention(x, found)
-        self._prune_mlp(self.inner(x, after), mlp_width, damping, found)
+        self._prune_mlp(self.inner(x, after), mlp_width, damping, found, weights.reshape(-1))
+        if dense is not None:
+            self._correct_mlp(x, after, dense, weights, damping, most, found)
         return found
 
-    def _prune_attention(self, x, ratio, damping, found):
+    def _correct_attention(self, x, dense, weights, damping, most, found):
+        own, whole = x + self.attention(x, self.dense()), self.dense()
+        drift = dense + self.attention(dense, whole) - own
+        target = self.mixed(x, whole) @ self.output_map
+        z = self.mixed(x, found) @ found.value_basis
+        added = correction(z, target, drift, weights, damping, most, "attention.o_bias" in self.w)
+        found.attention_added, found.attention_shift = found.value_basis @ added[0], added[1]
+        found.strengths.append(added[2])
+
+    def _correct_mlp(self, x, after, dense, weights, damping, most, found):
+        z, kept = self.inner(x, after), found.mlp_channels
+        drift = self.run(dense, self.dense()) - after - self.mlp(z, self.dense())
+        dropped = [j for j in range(z.shape[-1]) if j not in kept]
+        target = z[..., dropped] @ self.w["mlp.down_proj"][dropped]
+        added = correction(z[..., kept], target, drift, weights, damping, most, "mlp.down_bias" in self.w)
+        found.mlp_added[kept], found.mlp_shift = added[0], added[1]
+        found.strengths.append(added[2])
+
+    def _prune_attention(self, x, ratio, damping, found, weights):
         shape, o_proj = self.shape, self.w["attention.o_proj"]
         n, v, to_kv = shape.num_attention_heads, shape.v_head_dim, shape.query_to_kv
         q, k, values = self.queries_keys_values(x)
         y = self.attend(q, k, values)
-        grams = np.einsum("bthv,bthw->hvw", y, y)
+        grams = np.einsum("bt,bthv,bthw->hvw", weights, y, y)
         heads, width = plan_heads(o_proj, grams, n * v - round(n * v * ratio))
         rotary, rest = split_width(min(width, shape.qk_head_dim), shape.rotary_dim, shape.qk_head_dim)
         scores = np.abs(q * k).sum((0, 1))
@@ -213,25 +276,26 @@ class Layer:
                     for a in (q[:, :, group], k[:, :, group[:1]])
                 )
                 found.qk[kv][shape.rotary_dim :, shape.rotary_dim :] = product_projection(queries, keys, rest)
-        again = self.mixed(x, found).reshape(-1, n, v)
+        again, weights = self.mixed(x, found).reshape(-1, n, v), weights.reshape(-1)
         basis = np.zeros((n * v, len(heads) * width))
         for i, h in enumerate(heads):
             group = [j for j in heads if to_kv[j] == to_kv[h]]
-            covariance = sum(again[:, j].T @ again[:, j] for j in group)
+            covariance = sum(again[:, j].T @ (weights[:, None] * again[:, j]) for j in group)
             vectors = np.linalg.eigh(covariance)[1][:, ::-1]
             basis[h * v : (h + 1) * v, i * width : (i + 1) * width] = vectors[:, :width]
+        found.value_basis = basis
         z = again.reshape(-1, n * v) @ basis
         affine = "attention.o_bias" in self.w
-        a, offset = ridge(z, y.reshape(-1, n * v), damping, affine)
+        a, offset = ridge(z, y.reshape(-1, n * v), damping, affine, weights)
         found.attention, found.attention_offset = basis @ a, offset * affine
 
-    def _prune_mlp(self, z, width, damping, found):
+    def _prune_mlp(self, z, width, damping, found, weights):
         z = z.reshape(-1, z.shape[-1])
-        scores = np.sum(self.w["mlp.down_proj"] ** 2, 1) * np.sum(z**2, 0)
+        scores = np.sum(self.w["mlp.down_proj"] ** 2, 1) * (weights @ z**2)
         kept = sorted(sorted(range(len(scores)), key=lambda j: (-scores[j], j))[:width])
         dropped = [j for j in range(len(scores)) if j not in kept]
         affine = "mlp.down_bias" in self.w
-        a, offset = ridge(z[:, kept], z[:, dropped], damping, affine)
+        a, offset = ridge(z[:, kept], z[:, dropped], damping, affine, weights)
         found.mlp_channels = kept
         found.mlp = np.zeros((len(scores), len(scores)))
         found.mlp[kept, kept] = 1
@@ -257,16 +321,24 @@ class Model:
     def embed(self, tokens):
         return self.top.w["embed_tokens"][np.asarray(tokens)]
 
-    def prune(self, tokens, ratio, mlp_widths, damping):
-        """Every layer on the outputs of the pruned ones before it."""
-        x = self.embed(tokens)
+    def prune(self, tokens, ratio, mlp_widths, damping, weights=None, most=None):
+        """Every layer on the outputs of the pruned ones before it; `weights` [layers, batch, seq] of the tokens.
+
+        With `most`, modules are corrected towards the dense stream, by this strength at most.
+        """
+        x = dense = self.embed(tokens)
         for i, layer in enumerate(self.layers):
-            self.projections[i] = layer.prune(x, ratio, mlp_widths[i], damping)
-            x = layer.run(x, self.projections[i])
+            own = None if weights is None else weights[i]
+            towards = {} if most is None else {"dense": dense, "most": most}
+            self.projections[i] = layer.prune(x, ratio, mlp_widths[i], damping, weights=own, **towards)
+            x, dense = layer.run(x, self.projections[i]), layer.run(dense, layer.dense())
 
     def logits(self, tokens):
-        x = self.embed(tokens)
-        for layer, projections in zip(self.layers, self.projections, strict=True):
+        return self.logits_behind(-1, self.embed(tokens))
+
+    def logits_behind(self, last, x):
+        """Given the residual stream behind the layer `last`, or before all of them for -1."""
+        for layer, projections in list(zip(self.layers, self.projections, strict=True))[last + 1 :]:
             x = layer.run(x, projections)
         head = self.top.w.get("lm_head", self.top.w["embed_tokens"])
         return self.top.norm("norm", x) @ head.T + self.top.w.get("lm_head_bias", 0)

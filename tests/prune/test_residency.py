@@ -49,6 +49,7 @@ def assert_same_bits(found, expected):
         ("gqa", {"ratios": "kl"}),
         ("gqa", {"output_biases": True, "method": "flap"}),
         ("mha", {"layout": "uniform"}),
+        ("gqa", {"loss_weight": 0.5, "dense_targets": 1.0}),
     ],
 )
 def test_the_same_bits(flavour, settings):
