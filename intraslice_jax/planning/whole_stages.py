@@ -31,7 +31,7 @@ class Work:
     flops: float
     passes: float = 0.0
     reruns: float = 0.0
-    solves: float = 0.0
+    solves: int = 0
 
     def of(self, loop: Mapping[str, float], rate: float = 1.0) -> float:
         """All FLOPs given those of the loop by stage; or seconds given its seconds and FLOPs per second."""

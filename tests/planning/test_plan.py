@@ -121,6 +121,17 @@ def test_the_default_preset_is_planned_and_what_to_leave_out_is_named(folder, tm
         refuse("m", config, plan, host, None)
 
 
+def test_a_search_is_planned(folder, tmp_path):
+    once, twice = (
+        plan_of(folder, tmp_path, "--ratios", "search", "--refine", "0", "--search-rounds", rounds, "--overwrite")
+        for rounds in ("1", "2")
+    )
+    assert once["phase_bytes"]["search"] > once["phase_bytes"]["kl"]
+    flops = [plan["flops_per_device"]["search"] for plan in (once, twice)]
+    assert flops[0] > 4 * once["flops_per_device"]["kl"]
+    assert 1.5 * flops[0] < flops[1] < 2 * flops[0]
+
+
 def test_flops_of_whole_models_are_those_of_their_programs(folder, tmp_path):
     plan = plan_of(folder, tmp_path, "--ratios", "fisher", "--refine", "1", "--sparsity", "0.3")
     config, flops = describe(str(folder)), plan["flops_per_device"]
