@@ -28,6 +28,7 @@ from intraslice_jax.commands import _arguments as arguments
 from intraslice_jax.config import PruneConfig, default_preset, preset
 from intraslice_jax.errors import InputError, RunError
 from intraslice_jax.io.atomic import journal_of
+from intraslice_jax.parallel.threads import enough_threads
 from intraslice_jax.settings import load_settings, with_defaults
 
 
@@ -111,6 +112,8 @@ def _prepare_process() -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     if any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
         _without_triton_products()
+    if os.environ.get("JAX_NUM_CPU_DEVICES", "1") != "1":
+        enough_threads()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # retries; the failure itself is told by us
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -20,13 +20,11 @@ from jax.experimental import multihost_utils
 from intraslice_jax.config import ParallelConfig
 from intraslice_jax.errors import InputError, RunError
 from intraslice_jax.io.atomic import atomic_folder
+from intraslice_jax.parallel.threads import enough_threads
 
 _PULSE, _FAILED = "intraslice/pulse", "intraslice/failed"
 _INTERVAL = 1.0
 """Seconds between two signs of life."""
-_CPU_THREADS = 128
-"""Of a process whose devices are CPUs, at least. Programs under way at once hold threads while they wait for another
-process; where there are no more, the one that is waited for cannot begin."""
 
 
 def start(config: ParallelConfig) -> None:
@@ -52,7 +50,7 @@ def start(config: ParallelConfig) -> None:
     if config.num_processes is not None and not 0 <= (config.process_id or 0) < config.num_processes:
         raise InputError(f"--process-id {config.process_id} is not below --num-processes {config.num_processes}")
     if os.environ.get("JAX_PLATFORMS") == "cpu":
-        os.environ.setdefault("NPROC", str(max(_CPU_THREADS, os.cpu_count() or 1)))  # read by XLA
+        enough_threads()
     with _deadline(config):
         try:
             jax.distributed.initialize(

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from intraslice_jax.parallel.threads import LEAST
+
 FILE = Path(__file__).with_name("eight_devices.py")
 
 
 @pytest.mark.slow
 def test_on_eight_devices():
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8"}
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "NPROC": str(LEAST)}
     environment.pop("PYTEST_ADDOPTS", None)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", str(FILE)]
     root = FILE.parent.parent.parent
