@@ -87,9 +87,7 @@ def test_every_mesh_gives_the_weights_of_one_device(flavour, mesh, count):
 @pytest.mark.parametrize(
     ("mesh", "settings"),
     [
-        ("data=8", {"loss_weight": 0.8}),
         ("data=2,model=4", {"loss_weight": 0.8, "dense_targets": 1.0}),
-        ("data=8", {"dense_targets": 1.0}),
     ],
 )
 def test_weighted_tokens_and_dense_targets_on_a_mesh(mesh, settings):

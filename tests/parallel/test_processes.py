@@ -88,7 +88,7 @@ def assert_same_model(found: Path, expected: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_killed_and_continued_write_the_checkpoint_of_one(options, one, tmp_path):
-    """Killed with all layers on the devices, continued with layers on the disk."""
+    """Killed with all layers on the devices, continued with each process's parts of them in host memory."""
     options = [*options, str(tmp_path / "two"), "--resume"]
     killed = start_two(options)
     assert killed[0].stderr is not None
@@ -97,7 +97,7 @@ def test_two_processes_killed_and_continued_write_the_checkpoint_of_one(options,
         process.kill()
     finish(killed)
     assert [path.name for path in (tmp_path / "two.journal" / "streams").glob("0*")] == ["00000"]
-    together = finish(start_two([*options, "--residency", "disk"]))
+    together = finish(start_two([*options, "--residency", "host"]))
     for code, _, errors in together:
         assert code == 0, errors
     assert "going on behind layer 0" in together[0][2]
@@ -108,26 +108,6 @@ def test_two_processes_killed_and_continued_write_the_checkpoint_of_one(options,
     assert "layer 0" not in together[1][2]
     assert_same_model(tmp_path / "two", one)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["two"]  # no partial folder
-
-
-@pytest.mark.slow
-def test_two_processes_with_their_parts_of_the_layers_in_host_memory(options, one, tmp_path):
-    options = [*options, str(tmp_path / "two"), "--residency", "host", "--no-journal", "--mesh", "data=4,model=2"]
-    for code, _, errors in finish(start_two(options)):
-        assert code == 0, errors
-    assert_same_model(tmp_path / "two", one)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["two"]
-
-
-@pytest.mark.slow
-def test_two_processes_go_on_with_a_refinement(tmp_path):
-    port = str(free_port())
-    command = ["-m", "tests.parallel.refining", port]
-    both = [start([*command, str(i), str(tmp_path / "journal")], devices=2) for i in range(2)]
-    for code, output, errors in finish(both):
-        assert code == 0, errors
-        # Fourteen windows twice, two in a step; a state is kept after the first.
-        assert f"same {' '.join(map(str, range(4, 29, 2)))}" in output
 
 
 def peer(port: int, number: int, fate: str) -> subprocess.Popen:

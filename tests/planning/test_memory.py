@@ -24,7 +24,6 @@ LOOP, GRADIENTS, REFINEMENT = (256, 1536, 2, 16, 256), (256, 1024, 3, 12, 128), 
     ("sizes", "settings", "phase"),
     [
         (LOOP, {}, "MLP solve"),
-        (LOOP, {"dense_targets": 1.0}, "MLP solve"),
         (GRADIENTS, {"ratios": "fisher"}, "gradients"),
         (REFINEMENT, {"refine": 1}, "refinement"),
     ],

@@ -27,7 +27,7 @@ def losses(logits, tokens):
     return -np.take_along_axis(log_softmax, tokens[:, 1:, None], -1)[..., 0].mean(1)
 
 
-@pytest.mark.parametrize("flavour", ["gqa", "ragged", "phi", "window"])
+@pytest.mark.parametrize("flavour", ["ragged", "phi", "window"])
 def test_gradients_agree_with_finite_differences(flavour):
     model, tokens = make(flavour), windows(3, 12)
     told = []
@@ -72,7 +72,7 @@ def test_weights_blend_and_are_clipped():
     np.testing.assert_array_equal(token_weights(np.zeros((1, 2, 3)), 1.0), 1)
 
 
-@pytest.mark.parametrize("flavour", ["gqa", "ragged", "biases", "phi", "partial"])
+@pytest.mark.parametrize("flavour", ["ragged", "biases", "phi", "partial"])
 def test_the_pruned_model_is_that_of_weighted_least_squares(flavour):
     model, tokens, config = make(flavour), windows(), dataclasses.replace(FINE, loss_weight=0.8)
     pruned = prune_model(model, tokens, config)
