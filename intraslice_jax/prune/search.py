@@ -96,9 +96,11 @@ class Search:
             better = min(tried, key=lambda candidate: candidate.divergence, default=best)
             found = number + 1, best.divergence, better.divergence
             log.info("search, round %d: divergence %.4f, with the best exchange %.4f", *found)
-            if better.divergence >= best.divergence or clock.is_over():
+            if better.divergence >= best.divergence:
                 break
             best = better
+            if clock.is_over():
+                break
         return best.ratios
 
     def _moves(

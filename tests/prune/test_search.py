@@ -146,6 +146,19 @@ def test_the_time_limit_ends_a_search(from_uniform):
     assert done == [(1, 6)]
 
 
+def test_what_is_better_when_the_time_is_over_is_taken(from_uniform, monkeypatch):
+    model, divergences = make("gqa"), iter([3.0, 2.0])
+    monkeypatch.setattr(
+        search._Candidates,
+        "prune",
+        lambda _, ratios: search._Candidate(model, ratios, model.decoder.layers.__getitem__, next(divergences)),
+    )
+    monkeypatch.setattr(search.Search, "_moves", lambda *_: [])
+    monkeypatch.setattr(search, "exchange", lambda _: [Move(0, None, 96, 0.0)])
+    ratios = estimate_ratios(model, windows(8), dataclasses.replace(CONFIG, search_seconds=1e-9))
+    assert ratios.mlp[0] > ratios.mlp[1]
+
+
 def test_only_intraslice_takes_widths():
     with pytest.raises(InputError, match="only method intraslice takes the widths of ratios search, found method flap"):
         estimate_ratios(make("gqa"), windows(8), dataclasses.replace(CONFIG, method="flap"))
