@@ -1,8 +1,6 @@
 """The command, killed and continued."""
 
 import json
-import math
-import os
 import re
 import signal
 import subprocess
@@ -18,7 +16,6 @@ from intraslice_jax.cli import main
 from intraslice_jax.io import journal
 from intraslice_jax.io.journal import Journal
 from intraslice_jax.models.decoder import decoder_to_arrays
-from intraslice_jax.prune import refine
 from tests.conftest import ROOT
 from tests.tiny import tiny_text, write_tiny_llama
 
@@ -110,36 +107,6 @@ def test_terminated(options, uninterrupted, tmp_path, capsys):
     assert main(["prune", *options, "-o", str(out), "--resume", "--residency", "disk"]) == 0
     assert layers_told(capsys)[0] >= 3  # a signal lets the layer that is being written be finished
     assert_same_bits(out, uninterrupted)
-
-
-@pytest.mark.slow
-def test_terminated_in_the_refinement(options, tmp_path, capsys, monkeypatch):
-    """A state is kept after each of the six steps; the signal comes in the fifth."""
-    options = [*options, "--refine", "2"]
-    monkeypatch.setattr(refine, "LEAST_SECONDS", 0.0)
-    monkeypatch.setattr(refine, "WRITING", math.inf)
-    assert main(["prune", *options, "-o", str(tmp_path / "whole")]) == 0
-    step, steps, out = refine._step, [], tmp_path / "out"
-
-    def counted(*arguments):
-        steps.append(len(steps))
-        if len(steps) == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(*arguments)
-
-    monkeypatch.setattr(refine, "_step", counted)
-    capsys.readouterr()
-    assert main(["prune", *options, "-o", str(out)]) == 1
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert "interrupted" in said
-    assert f"the same command with --resume goes on from {out}.journal" in said
-    assert main(["prune", *options, "-o", str(out), "--resume"]) == 0
-    assert layers_told(capsys) == []
-    assert len(steps) == 5 + 2
-    assert_same_bits(out, tmp_path / "whole")
-    reports = [json.loads((path / "report.json").read_text())["refinement"] for path in (out, tmp_path / "whole")]
-    assert reports[0] == reports[1]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
 def test_a_full_disk_while_the_checkpoint_is_written(options, uninterrupted, tmp_path, capsys, monkeypatch):
