@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from intraslice_jax.calibrate.gradients import automatic_batch
+from intraslice_jax.calibrate.held_out import held_out_count
 from intraslice_jax.parallel.batches import even_batch
 from intraslice_jax.planning.memory import Residency, Setting
 from intraslice_jax.planning.programs import Program
 from intraslice_jax.planning.whole_memory import gradients_phase, kept_windows, kl_phase, refinement_phase
 from intraslice_jax.planning.whole_programs import WholeModelSteps
-from intraslice_jax.planning.whole_stages import held_out, judged, read_tokens
-from intraslice_jax.prune import divergence, refine
+from intraslice_jax.planning.whole_stages import judged, read_tokens
 from intraslice_jax.prune.estimators import FromGradients, find_estimator
 from intraslice_jax.prune.search import Search
 from intraslice_jax.prune.sensitivity import KLSensitivity
@@ -52,9 +52,9 @@ class WholeModel:
             batch = even_batch(samples, most, rows)
             programs |= steps.gradients(batch, estimator.matrices)
         if isinstance(estimator, KLSensitivity | Search):
-            held = held_out(samples, divergence.HELD_OUT)
+            held = held_out_count(samples)
             programs |= steps.kl(held, read_tokens(seq), judged(held, read_tokens(seq)))
-        if run.refine and samples > held_out(samples, refine.HELD_OUT):
+        if run.refine and samples > held_out_count(samples):
             programs |= steps.refinement()
         return cls(setting, programs, batch, isinstance(estimator, Search))
 
@@ -71,7 +71,7 @@ class WholeModel:
         if self.batch:
             found["gradients"] = gradients_phase(setting, programs, residency, self.batch)
         if "kl: block" in programs:
-            held = held_out(setting.samples, divergence.HELD_OUT)
+            held = held_out_count(setting.samples)
             tokens = held * read_tokens(setting.seq)
             found["kl"] = kl_phase(setting, loop, programs, residency, held, tokens)
             if self.searches:
@@ -81,6 +81,6 @@ class WholeModel:
                 at_work = max(found["kl"], *loop.values(), key=lambda parts: sum(parts.values()))
                 found["search"] = {**at_work, "candidate": candidate}
         if "refinement: update" in programs and residency == "device":
-            kept = kept_windows(setting.samples, held_out(setting.samples, refine.HELD_OUT), setting.mesh.data)
+            kept = kept_windows(setting.samples, held_out_count(setting.samples), setting.mesh.data)
             found["refinement"] = refinement_phase(setting, programs, kept)
         return found

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from intraslice_jax.calibrate.held_out import held_out_count
 from intraslice_jax.config import ModelConfig
 from intraslice_jax.planning.memory import MeshSizes
-from intraslice_jax.prune import divergence, refine
+from intraslice_jax.prune import divergence
 from intraslice_jax.prune.estimators import FromGradients, find_estimator
 from intraslice_jax.prune.search import Search
 from intraslice_jax.prune.sensitivity import KLSensitivity
@@ -54,7 +55,7 @@ def whole_model_work(config: ModelConfig, pruned: ModelConfig, run: Run, mesh: M
     if isinstance(estimator, FromGradients):
         found["gradients"] = Work(gradient_flops(config, samples, seq, estimator.matrices) / mesh.devices)
     if isinstance(estimator, KLSensitivity | Search):
-        held, read = held_out(samples, divergence.HELD_OUT), read_tokens(seq)
+        held, read = held_out_count(samples), read_tokens(seq)
         share = (samples - held) / samples if samples > held else 1.0
         # Windows that the mesh does not divide go through every row of devices.
         devices = mesh.model if held % mesh.data else mesh.devices
@@ -74,15 +75,10 @@ def whole_model_work(config: ModelConfig, pruned: ModelConfig, run: Run, mesh: M
                 share * (6 * rounds + pruned_models),
                 4 * rounds + pruned_models,
             )
-    if run.refine and samples > (held := held_out(samples, refine.HELD_OUT)):
+    if run.refine and samples > (held := held_out_count(samples)):
         flops = refinement_flops(config, pruned, samples, held, seq, run.refine)
         found["refinement"] = Work(flops / mesh.devices)
     return found
-
-
-def held_out(samples: int, fraction: float) -> int:
-    """How many of the windows are kept to judge."""
-    return max(1, round(samples * fraction))
 
 
 def read_tokens(seq: int) -> int:

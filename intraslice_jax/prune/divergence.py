@@ -8,13 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from intraslice_jax.calibrate.held_out import held_out_count
 from intraslice_jax.model import LanguageModel
 from intraslice_jax.models.decoder import Block, Decoder, run_block
 from intraslice_jax.models.head import Predictions, predictions, token_kl
 from intraslice_jax.parallel.placement import gathered, mesh_of, put_batch, to_host
-
-HELD_OUT = 1 / 8
-"""Fraction of the calibration windows on which the divergence is measured."""
 
 JUDGED = 1024
 """Tokens at which predictions are compared, spread evenly over the held-out windows: the head costs more than all
@@ -26,7 +24,7 @@ CONTEXT = 512
 
 def split_windows(windows: Int[np.ndarray, "samples seq"]) -> tuple[np.ndarray, np.ndarray]:
     """Windows to calibrate on, and the last ones, which are held out; a single window is both."""
-    held_out = max(1, round(len(windows) * HELD_OUT))
+    held_out = held_out_count(len(windows))
     return (windows[:-held_out] if len(windows) > held_out else windows), windows[-held_out:]
 
 

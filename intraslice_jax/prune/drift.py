@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,24 +11,20 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from intraslice_jax.calibrate import statistics
+from intraslice_jax.calibrate.held_out import held_out_count
 from intraslice_jax.calibrate.statistics import DriftMoments, GramMoments, MapMoments
 from intraslice_jax.config import ModelConfig, PruneConfig
 from intraslice_jax.errors import InputError
 from intraslice_jax.models.decoder import Block
 from intraslice_jax.models.rope import RopeTable
 from intraslice_jax.parallel.linalg import fits_one_device
-from intraslice_jax.parallel.moments import MomentSum
-
-HELD_OUT = 1 / 8
-"""Fraction of the calibration windows, the last ones, on which the strength of a correction is chosen."""
-
-Moments = TypeVar("Moments")
+from intraslice_jax.parallel.moments import Moments, MomentSum
 
 
 def held_out_windows(samples: int, config: PruneConfig) -> int:
     """How many of so many calibration windows are held out; 0 without dense targets, which the baselines never have."""
     wanted = config.dense_targets > 0 and config.method == PruneConfig.method
-    return max(1, round(samples * HELD_OUT)) if wanted else 0
+    return held_out_count(samples) if wanted else 0
 
 
 def check_dense_targets(model: ModelConfig, samples: int, config: PruneConfig, mesh: Mesh | None) -> None:

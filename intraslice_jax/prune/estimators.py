@@ -26,7 +26,7 @@ from intraslice_jax.model import LanguageModel
 from intraslice_jax.prune.allocation import UnitScores, allocate, allocate_evenly
 from intraslice_jax.prune.budget import HeadWidths, LayerRatios
 from intraslice_jax.prune.linalg import eigh_descending, solver_precision, to_solver
-from intraslice_jax.prune.resume import RunLog
+from intraslice_jax.prune.resume import Resumable, RunLog
 from intraslice_jax.prune.search import Search
 from intraslice_jax.prune.sensitivity import KLSensitivity
 from intraslice_jax.settings import closest
@@ -136,15 +136,10 @@ class Uniform:
         return allocate_evenly(model.config, config)
 
 
-class FromGradients(abc.ABC):
+class FromGradients(Resumable):
     """Scores from sums over groups of gradients; a run that is stopped goes on with the sums that it had."""
 
     matrices = False
-
-    def __call__(
-        self, model: LanguageModel, windows: np.ndarray, config: PruneConfig, on_batch: OnBatch | None = None
-    ) -> UnitScores:
-        return self.resumed(model, windows, config, on_batch, None)
 
     def resumed(
         self,

@@ -10,15 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from intraslice_jax.calibrate.held_out import held_out_count
 from intraslice_jax.calibrate.statistics import MapMoments, add_mlp_map, empty_map_moments
 from intraslice_jax.prune.calibration import MLPCalibration
 from intraslice_jax.prune.iterative import IterativeSettings, learn_mixtures
 from intraslice_jax.prune.linalg import solver_precision, to_solver
 from intraslice_jax.prune.method import PrunedMLP
 from intraslice_jax.prune.mlp import fit_inner, fuse_inner, inner_error, rank_channels
-
-HELD_OUT = 1 / 8
-"""Fraction of the calibration windows on which mixtures and selection are compared."""
 
 
 def better_mlp(layer: MLPCalibration, plain: PrunedMLP, keep: int, settings: IterativeSettings) -> PrunedMLP:
@@ -28,7 +26,7 @@ def better_mlp(layer: MLPCalibration, plain: PrunedMLP, keep: int, settings: Ite
     all. The notes tell both errors and the learning curves.
     """
     windows = jnp.concatenate(list(layer.inputs()))
-    held_out = max(1, round(len(windows) * HELD_OUT))
+    held_out = held_out_count(len(windows))
     if len(windows) <= held_out:
         return _with_note(plain, {"accepted": False, "reason": "one window cannot be split"})
     train, held = windows[:-held_out], windows[-held_out:]

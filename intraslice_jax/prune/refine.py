@@ -21,6 +21,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from intraslice_jax.calibrate.gradients import OnBatch
+from intraslice_jax.calibrate.held_out import held_out_count
 from intraslice_jax.model import LanguageModel
 from intraslice_jax.models.decoder import Block, Decoder, decoder_from_arrays, decoder_to_arrays, run_block
 from intraslice_jax.models.head import predictions, token_kl, token_kl_gradient
@@ -32,9 +33,6 @@ from intraslice_jax.parallel.mesh import ways
 from intraslice_jax.parallel.placement import gathered, mesh_of, put_batch, to_host
 from intraslice_jax.prune.resume import RunLog
 from intraslice_jax.stages import stage
-
-HELD_OUT = 1 / 8
-"""Fraction of the calibration windows on which the model is judged before and after."""
 
 STATE = "refinement"
 """What a run's log calls the state of the learner."""
@@ -209,7 +207,7 @@ def refine(
     Returns:
         The learned decoder, or the given one if the divergence on held-out windows does not fall.
     """
-    held_out = max(1, round(len(windows) * HELD_OUT))
+    held_out = held_out_count(len(windows))
     if len(windows) <= held_out:
         return Refined(decoder, {"accepted": False, "reason": "one window cannot be split"})
     train, held = (_batches(dense, part) for part in (windows[:-held_out], windows[-held_out:]))

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Array
+
+
+class Resumable(abc.ABC):
+    """What judges a model in a pass over the text and goes on where it was: called alone, it begins."""
+
+    def __call__(self, model: Any, windows: np.ndarray, config: Any, on_batch: Any = None) -> Any:
+        return self.resumed(model, windows, config, on_batch, None)
+
+    @abc.abstractmethod
+    def resumed(self, model: Any, windows: np.ndarray, config: Any, on_batch: Any, run_log: RunLog | None) -> Any:
+        """`__call__`, going on with what the log has."""
 
 
 @runtime_checkable

@@ -27,7 +27,7 @@ from intraslice_jax.prune.budget import HeadWidths, LayerRatios, narrowest
 from intraslice_jax.prune.divergence import Tail, split_windows
 from intraslice_jax.prune.exchange import Move, exchange
 from intraslice_jax.prune.heads import head_counts
-from intraslice_jax.prune.resume import RunLog
+from intraslice_jax.prune.resume import Resumable, RunLog
 from intraslice_jax.prune.sensitivity import KLSensitivity
 from intraslice_jax.prune.trials import Trials, padded_block, variants
 
@@ -47,23 +47,13 @@ STATE = "search"
 
 
 @dataclass(frozen=True)
-class Search:
+class Search(Resumable):
     """Ratios by divergence, then parameters exchanged between the modules of the pruned model while that helps.
 
     Every round measures what one step of each width costs or gains in the pruned model: query heads, channels of
     queries and keys, channels of values, channels of the MLP. The most profitable exchanges at constant size make the
     next candidate, which is pruned and judged as a whole; the better of two sizes of exchange is kept if it is better.
     """
-
-    def __call__(
-        self,
-        model: LanguageModel,
-        windows: Int[np.ndarray, "samples seq"],
-        config: PruneConfig,
-        on_batch: OnBatch | None = None,
-    ) -> LayerRatios:
-        """Ratios, and the widths of all attentions."""
-        return self.resumed(model, windows, config, on_batch, None)
 
     def resumed(
         self,
@@ -73,7 +63,7 @@ class Search:
         on_batch: OnBatch | None,
         run_log: RunLog | None,
     ) -> LayerRatios:
-        """The same, going on behind the layers of which the log has measurements.
+        """Ratios, and the widths of all attentions; goes on behind the layers of which the log has measurements.
 
         Raises:
             InputError: the method does not take widths.
@@ -82,9 +72,10 @@ class Search:
             raise InputError(f"only method intraslice takes the widths of ratios search, found method {config.method}")
         if config.sparsity == 0:
             return allocate_evenly(model.config, config)
-        started = KLSensitivity().resumed(model, windows, config, on_batch, run_log)
+        state = _State.kept_in(run_log)
+        if state is None:
+            state = _State(0, KLSensitivity().resumed(model, windows, config, on_batch, run_log), [])
         candidates = _Candidates(model, windows, config)
-        state = _State.kept_in(run_log) or _State(0, started, [])
         best, clock = candidates.prune(state.ratios), _Clock(config.search_seconds)
         for number in range(state.round, config.search_rounds):
             if state.round < number:

@@ -13,7 +13,7 @@ from intraslice_jax.model import LanguageModel
 from intraslice_jax.prune.allocation import allocate_by_curves, allocate_evenly
 from intraslice_jax.prune.budget import LayerRatios, narrowest
 from intraslice_jax.prune.divergence import Tail, split_windows
-from intraslice_jax.prune.resume import RunLog
+from intraslice_jax.prune.resume import Resumable, RunLog
 from intraslice_jax.prune.trials import Trials, variants
 
 MEASURED = "divergences"
@@ -24,7 +24,7 @@ LEAST_COST = 1e-7
 
 
 @dataclass(frozen=True)
-class KLSensitivity:
+class KLSensitivity(Resumable):
     """One module after the other is pruned, all else dense, and the KL divergence is what that costs.
 
     The divergence is that of the next-token distribution from the dense model's on held-out windows.
@@ -36,16 +36,6 @@ class KLSensitivity:
 
     points: tuple[float, ...] = (1.0,)
 
-    def __call__(
-        self,
-        model: LanguageModel,
-        windows: Int[np.ndarray, "samples seq"],
-        config: PruneConfig,
-        on_batch: OnBatch | None = None,
-    ) -> LayerRatios:
-        """Ratios of the least total cost; `on_batch` is told the measurements done and their number."""
-        return self.resumed(model, windows, config, on_batch, None)
-
     def resumed(
         self,
         model: LanguageModel,
@@ -54,7 +44,10 @@ class KLSensitivity:
         on_batch: OnBatch | None,
         run_log: RunLog | None,
     ) -> LayerRatios:
-        """The same, going on behind the layers of which the log has measurements."""
+        """Ratios of the least total cost, going on behind the layers of which the log has measurements.
+
+        `on_batch` is told the measurements done and their number.
+        """
         if config.sparsity == 0:
             return allocate_evenly(model.config, config)
         ratios = tuple(sorted({min(config.sparsity * point, config.max_ratio) for point in self.points}))

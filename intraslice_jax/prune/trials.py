@@ -85,11 +85,10 @@ def variants(
         shape, others, wanted = dense.config.layers[i], decoder_to_arrays(other), trials(i)
         before = AttentionCalibration(i, block, shape, stream, config, dense.config, whole, tried=True)
         for number, how in enumerate(wanted.attention):
-            heads = how if isinstance(how, HeadWidths) else None
             if isinstance(how, HeadWidths):
-                attention = IntraSlice(heads={i: how}).prune_attention(before, 0.0)
+                heads, attention = how, IntraSlice(heads={i: how}).prune_attention(before, 0.0)
             else:
-                attention = method.prune_attention(before, how)
+                heads, attention = None, method.prune_attention(before, how)
             padded = pad_attention(attention.arrays, attention.shape, shape)
             arrays = replace(others, "attention", padded, stream.mesh)
             yield Variant(0, i, number, heads, attention.shape, block_from_arrays(dense.config, shape, arrays))

@@ -6,6 +6,7 @@ import pytest
 
 from intraslice_jax.config import PruneConfig
 from intraslice_jax.models.decoder import decoder_to_arrays, run_block
+from intraslice_jax.prune.budget import HeadWidths, LayerRatios
 from intraslice_jax.prune.pipeline import prune_model
 from intraslice_jax.prune.trials import padded_block
 from tests.prune.flavours import make, windows
@@ -25,8 +26,6 @@ def test_a_padded_layer_computes_the_same(flavour):
 
 
 def test_pruning_to_widths_gives_these_widths():
-    from intraslice_jax.prune.budget import HeadWidths, LayerRatios
-
     dense = make("gqa", layers=3)
     heads = (HeadWidths(4, 6, 8), HeadWidths(3, 8, 4), HeadWidths(1, 4, 6))
     config = dataclasses.replace(PruneConfig(0.3, align=2), iterative="never")
