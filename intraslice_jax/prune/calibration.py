@@ -63,7 +63,7 @@ class ResidualStream:
     real: list[int]
     rope: RopeTable
     tokens: int
-    rows: list[Int[np.ndarray, " batch"]]
+    rows: list[Int[np.ndarray, " _"]]
     mesh: Mesh | None = None
     weights: Float[np.ndarray, "layers samples seq"] | None = None
     dense: DenseStream | None = None
