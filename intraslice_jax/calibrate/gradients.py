@@ -19,10 +19,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from intraslice_jax.calibrate.lanes import in_lanes, lanes
 from intraslice_jax.config import ModelConfig
 from intraslice_jax.errors import RunError
 from intraslice_jax.evaluate.perplexity import first_bad_layer
 from intraslice_jax.model import LanguageModel
+from intraslice_jax.models.attention_by_head import one_cpu
 from intraslice_jax.models.decoder import Block, Decoder
 from intraslice_jax.models.head import token_nll
 from intraslice_jax.models.rope import RopeTable
@@ -257,13 +259,26 @@ def _sequences(
 
 
 def _one_batch(decoder: Decoder, tokens: Array, rope: RopeTable, matrices: bool) -> _Sequences:
-    x, boundaries, grams = _forwards(decoder, tokens, rope)
-    loss, cotangent = _loss_gradient(decoder, x, tokens)
-    attention, mlp = _backwards(decoder, boundaries, rope, cotangent, matrices)
-    return _Sequences(*jax.tree.map(to_host, (attention, mlp, grams, loss)))
+    mesh = mesh_of(decoder)
+    parts = jnp.split(tokens, lanes(mesh)) if len(tokens) % lanes(mesh) == 0 else [tokens]
+    numbers = range(len(parts))
+
+    def forward(i: int) -> tuple[Array, list[Array], tuple[Array, ...]]:
+        return _forwards(decoder, parts[i], rope)
+
+    def loss(i: int) -> tuple[Array, Array]:
+        return _loss_gradient(decoder, ran[i][0], parts[i])
+
+    def backward(i: int) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        return _backwards(decoder, ran[i][1], rope, losses[i][1], matrices)
+
+    ran = stage("gradients: forward")(in_lanes)(forward, numbers, mesh)
+    losses = stage("gradients: loss")(in_lanes)(loss, numbers, mesh)
+    masks = stage("gradients: backward")(in_lanes)(backward, numbers, mesh)
+    found = [_Sequences(*jax.tree.map(to_host, (*masks[i], ran[i][2], losses[i][0]))) for i in numbers]
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *found)
 
 
-@stage("gradients: forward")
 def _forwards(decoder: Decoder, tokens: Array, rope: RopeTable) -> tuple[Array, list[Array], tuple[Array, ...]]:
     """What leaves the last layer, and for every layer what enters it and its heads' second moments."""
     x, boundaries, grams = decoder.embed(tokens), [], []
@@ -274,7 +289,6 @@ def _forwards(decoder: Decoder, tokens: Array, rope: RopeTable) -> tuple[Array, 
     return x, boundaries, tuple(grams)
 
 
-@stage("gradients: backward")
 def _backwards(
     decoder: Decoder, boundaries: list[Array], rope: RopeTable, cotangent: Array, matrices: bool
 ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
@@ -299,7 +313,6 @@ def _forward(
     return after_attention + block.mlp(block.mlp_input(x, after_attention)), gram
 
 
-@stage("gradients: loss")
 def _loss_gradient(decoder: Decoder, x: Array, tokens: Array) -> tuple[Array, Array]:
     """Mean token loss of each sequence, and the gradient of their sum with respect to the last layer's output."""
 
@@ -345,9 +358,10 @@ def automatic_batch(config: ModelConfig, seq: int, matrices: bool, memory_budget
     widest = max(layer.intermediate_size for layer in config.layers)
     heads = max(layer.num_attention_heads for layer in config.layers)
     width = max(layer.num_attention_heads * layer.v_head_dim for layer in config.layers)
-    # Boundaries, one layer's activations with their gradients, and the scores that its backward pass keeps.
+    # Boundaries, one layer's activations with their gradients, and the scores that its backward pass keeps: none on a
+    # CPU, which computes them again.
     stream = seq * config.hidden_size * (config.num_layers + 8)
-    activations = 8 * seq * (width + widest) + 2 * heads * seq * seq
+    activations = 8 * seq * (width + widest) + (0 if one_cpu() else 2 * heads * seq * seq)
     squares = sum(layer.num_attention_heads * layer.v_head_dim**2 for layer in config.layers)
     return max(1, memory_budget // (4 * (stream + activations + squares * (1 + matrices))))
 

@@ -22,6 +22,7 @@ from intraslice_jax.models.decoder import Block
 from intraslice_jax.models.mlp import MLP, inner_activations
 from intraslice_jax.models.norm import Norm
 from intraslice_jax.models.rope import RopeTable
+from intraslice_jax.programs import by_shape
 
 Moments = TypeVar("Moments")
 
@@ -110,6 +111,7 @@ def zeros_like_moments(kind: Callable[..., Moments], **shapes: tuple[int, ...]) 
     return kind(**_zeros(tuple(shapes.items())))
 
 
+@by_shape
 @functools.partial(jax.jit, static_argnums=0)
 def _zeros(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> dict[str, Array]:
     return {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes}
@@ -232,6 +234,7 @@ def mlp_input(
     return block.mlp_input(source, after_attention)
 
 
+@by_shape
 @functools.partial(jax.jit, donate_argnums=1)
 def finish_layer(
     block: Block,
@@ -242,6 +245,7 @@ def finish_layer(
     return after_attention + block.mlp(block.mlp_input(source, after_attention))
 
 
+@by_shape
 @functools.partial(jax.jit, static_argnames=("scale", "sliding_window"), donate_argnums=0)
 def add_kept_attention(
     moments: MapMoments,
@@ -303,6 +307,7 @@ def add_drift(
     return DriftMoments(cross, moments.drift_sum + total, moments.tokens + tokens[None])
 
 
+@by_shape
 @jax.jit
 def leave_attention(
     x: Float[Array, "batch seq hidden"],
@@ -315,6 +320,7 @@ def leave_attention(
     return out if bias is None else out + bias[None, None]
 
 
+@by_shape
 @functools.partial(jax.jit, donate_argnums=1)
 def finish_selected(
     mlp: MLP,
@@ -326,6 +332,7 @@ def finish_selected(
     return after_attention + mlp.output(inner[..., channels])
 
 
+@by_shape
 @functools.partial(jax.jit, donate_argnums=0)
 def attend_and_add_mlp(
     moments: GramMoments, block: Block, x: Float[Array, "batch seq hidden"], rope: RopeTable, weights: Weights = None
@@ -354,6 +361,7 @@ def _add_gram(moments: GramMoments, inner: Float[Array, "batch seq inner"], weig
     return GramMoments(moments.gram + _gram(z), moments.total + total)
 
 
+@by_shape
 @functools.partial(jax.jit, static_argnames="hidden_act", donate_argnums=0)
 def add_mlp_map(
     moments: MapMoments,

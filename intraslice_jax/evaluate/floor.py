@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from intraslice_jax.calibrate.lanes import lanes
 from intraslice_jax.config import LayerShape, ModelConfig, PruneConfig
 from intraslice_jax.errors import InputError
 from intraslice_jax.evaluate import arithmetic as flops
@@ -90,8 +91,9 @@ def measure_pruning(
         InputError, RunError: as `prune_model`.
     """
     samples, seq = windows.shape
-    devices = ways(mesh_of(model.decoder))
-    rows = devices * batch_size(model.config, windows.shape, config, devices)
+    mesh = mesh_of(model.decoder)
+    devices, at_once = ways(mesh), lanes(mesh)
+    rows = devices * at_once * batch_size(model.config, windows.shape, config, devices, at_once)
     inner = max(shape.intermediate_size for shape in model.config.layers)
     rate = MatmulRate(rows * seq, model.config.hidden_size, inner)
     rate.sample()

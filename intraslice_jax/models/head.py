@@ -126,9 +126,8 @@ def _token_nll_forward(head: Array, bias: Array | None, hidden: Array, targets: 
     def chunk_nll(chunk: tuple[Array, ...]) -> tuple[Array, Array]:
         states, ids = chunk
         logits = _logits(head, bias, states)
-        total = jax.nn.logsumexp(logits, 1)
         chosen = jnp.take_along_axis(logits, ids[:, None], 1)[:, 0]
-        expected = _mean_row(head, jnp.exp(logits - total[:, None]))
+        expected, total = _expected_row(head, logits)
         return total - chosen, expected - head[ids].astype(jnp.float32)
 
     nll, gradient = _by_chunks(chunk_nll, targets.shape, hidden, targets)
@@ -147,9 +146,7 @@ _token_nll = jax.jit(_chunked_nll)
 @jax.jit
 def _predictions(head: Array, bias: Array | None, hidden: Array) -> tuple[Array, Array]:
     def chunk_predictions(chunk: tuple[Array, ...]) -> tuple[Array, Array]:
-        logits = _logits(head, bias, chunk[0])
-        total = jax.nn.logsumexp(logits, 1)
-        return _mean_row(head, jnp.exp(logits - total[:, None])), total
+        return _expected_row(head, _logits(head, bias, chunk[0]))
 
     return _by_chunks(chunk_predictions, hidden.shape[:2], hidden)
 
@@ -191,6 +188,19 @@ def _logits(head: Array, bias: Array | None, states: Float[Array, "tokens hidden
 
 def _mean_row(head: Array, weights: Float[Array, "tokens vocab"]) -> Float[Array, "tokens hidden"]:
     return jnp.einsum("nv,vd->nd", weights.astype(head.dtype), head, preferred_element_type=jnp.float32)
+
+
+def _expected_row(
+    head: Array, logits: Float[Array, "tokens vocab"]
+) -> tuple[Float[Array, "tokens hidden"], Float[Array, " tokens"]]:
+    """The head's mean row under the softmax of the logits, and the log of the sum of their exponentials.
+
+    With one exponential per logit: `logsumexp` and then the weights would take two, a tenth of the whole time on a CPU.
+    """
+    most = logits.max(1)
+    weights = jnp.exp(logits - most[:, None])
+    total = jnp.einsum("nv,v->n", weights, jnp.ones_like(weights[0]), precision=jax.lax.Precision.HIGHEST)
+    return _mean_row(head, weights) / total[:, None], most + jnp.log(total)
 
 
 def _by_chunks(function: Callable[[tuple[Array, ...]], Any], shape: tuple[int, ...], *arrays: Array) -> Any:

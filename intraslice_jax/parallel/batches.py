@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -29,5 +28,10 @@ def even_batches(count: int, per_device: int, ways: int) -> Iterator[tuple[Int[n
 
 
 def even_batch(count: int, most: int, multiple: int = 1) -> int:
-    """The multiple that spreads `count` windows most evenly over about as few steps as `most` allows."""
-    return math.ceil(count / math.ceil(count / most) / multiple) * multiple
+    """How many of `count` windows make a step, so that the fewest copies fill up the last one.
+
+    A multiple of `multiple`; more than half of `most` and not more, where there is such a one.
+    """
+    most = min(most, -(-count // multiple) * multiple)
+    sizes = range(multiple, max(most, multiple) + 1, multiple)
+    return min(sizes, key=lambda size: (2 * size <= most, -count % size, -size))

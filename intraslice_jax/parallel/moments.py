@@ -61,6 +61,11 @@ class MomentSum(Generic[Moments]):
             self._moments, *out = self._on_mesh(step, real, split, args, statics, True)
         return tuple(out)
 
+    def block_until_ready(self) -> MomentSum[Moments]:
+        """Waits for what was added so far."""
+        jax.block_until_ready(self._moments)
+        return self
+
     def _on_mesh(
         self,
         step: Callable[..., Any],

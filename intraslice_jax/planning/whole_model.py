@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from intraslice_jax.calibrate.gradients import automatic_batch
 from intraslice_jax.calibrate.held_out import held_out_count
+from intraslice_jax.models.attention_by_head import heads_together
 from intraslice_jax.parallel.batches import even_batch
 from intraslice_jax.planning.memory import Residency, Setting
 from intraslice_jax.planning.programs import Program
@@ -48,7 +49,8 @@ class WholeModel:
         estimator, programs, batch = find_estimator(run.ratios), {}, 0
         samples, seq, rows = setting.samples, setting.seq, setting.mesh.data
         if isinstance(estimator, FromGradients):
-            most = rows * automatic_batch(setting.dense, seq, estimator.matrices, setting.budget)
+            with heads_together():
+                most = rows * automatic_batch(setting.dense, seq, estimator.matrices, setting.budget)
             batch = even_batch(samples, most, rows)
             programs |= steps.gradients(batch, estimator.matrices)
         if isinstance(estimator, KLSensitivity | Search):

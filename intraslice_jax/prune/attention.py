@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from intraslice_jax.calibrate.statistics import AttentionMoments, DriftMoments, MapMoments
 from intraslice_jax.config import LayerShape
+from intraslice_jax.programs import by_shape
 from intraslice_jax.prune.compensation import Sums, relative_error, ridge
 from intraslice_jax.prune.dense_targets import Regression, correction, strength_note
 from intraslice_jax.prune.drift import Drift
@@ -210,7 +211,7 @@ def query_key_maps(
             left = left[to_kv]
         query[:, shape.rotary_dim :, plan.rotary_width :] = left
         key[:, shape.rotary_dim :, plan.rotary_width :] = right
-    return QueryKeyMaps(jnp.asarray(query), jnp.asarray(key), pairs)
+    return QueryKeyMaps(jax.device_put(query), jax.device_put(key), pairs)
 
 
 def select_pairs(
@@ -227,6 +228,7 @@ def select_pairs(
     return np.asarray(best, np.int32)
 
 
+@by_shape
 @functools.partial(jax.jit, static_argnames="width")
 def product_bases(
     query_gram: Float[Array, "kv rest rest"], key_gram: Float[Array, "kv rest rest"], width: int
@@ -349,11 +351,12 @@ def fuse_attention(
         jax.tree.map(to_solver, drift),
         dense_targets,
     )
-    new["rope_pairs"] = jnp.asarray(np.take_along_axis(np.asarray(arrays["rope_pairs"])[rows["k"]], maps.pairs, 1))
+    new["rope_pairs"] = jax.device_put(np.take_along_axis(np.asarray(arrays["rope_pairs"])[rows["k"]], maps.pairs, 1))
     notes = {"solver": solver_name(indefinite), **strength_note(strength)}
     return PrunedAttention(new, plan.shape_of(shape), plan.heads, float(error), notes), from_kept
 
 
+@by_shape
 @functools.partial(jax.jit, static_argnames=("v_width", "value_basis"))
 def _fuse(
     projections: dict[str, Array],

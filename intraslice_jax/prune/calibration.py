@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from intraslice_jax.calibrate import statistics
+from intraslice_jax.calibrate.lanes import in_lanes
 from intraslice_jax.calibrate.statistics import (
     AttentionMoments,
     DriftMoments,
@@ -27,7 +28,7 @@ from intraslice_jax.config import LayerShape, ModelConfig, PruneConfig
 from intraslice_jax.errors import InputError, RunError
 from intraslice_jax.model import LanguageModel
 from intraslice_jax.models.attention import Attention
-from intraslice_jax.models.decoder import Block, block_from_arrays, decoder_to_arrays
+from intraslice_jax.models.decoder import Block, block_from_arrays, decoder_to_arrays, run_block
 from intraslice_jax.models.mlp import MLP
 from intraslice_jax.models.rope import RopeTable
 from intraslice_jax.parallel.batches import even_batches
@@ -41,6 +42,7 @@ from intraslice_jax.prune.drift import DenseStream, Drift, SplitSum
 from intraslice_jax.stages import stage
 
 Weights = TypeVar("Weights", Array, np.ndarray)
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -98,6 +100,14 @@ class ResidualStream:
         dense = DenseStream(list(embedded)) if held_out else None
         return cls(embedded, real, rope, windows.size, rows, mesh, weights, dense, len(apart))
 
+    def each_batch(self, work: Callable[[int], Result]) -> list[Result]:
+        """`work` of each batch's number, in order; see `in_lanes`. Sums that it adds to are to be awaited, too."""
+        return in_lanes(work, range(len(self.batches)), self.mesh)
+
+    def run(self, block: Block) -> None:
+        """Goes on behind a layer."""
+        self.batches = self.each_batch(lambda i: run_block(block, self.batches[i], self.rope))
+
     def moment_sum(self, empty: Moments) -> SplitSum[Moments]:
         """A sum over the batches, those held out apart."""
         return SplitSum(empty, self.mesh, len(self.batches), self.held_out)
@@ -139,8 +149,8 @@ class AttentionCalibration:
     model: ModelConfig
     parameter_range: tuple[int, int]
     tried: bool = False
-    _kept: list[Mixed] = field(default_factory=list)
-    _again: list[Array] = field(default_factory=list)
+    _kept: dict[int, Mixed] = field(default_factory=dict)
+    _again: dict[int, Array] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -156,30 +166,32 @@ class AttentionCalibration:
     @stage("attention moments")
     def head_moments(self) -> AttentionMoments:
         """Per-head second moments of the o-projection's input, and query-key scores."""
-        total = MomentSum(statistics.empty_attention_moments(self.shape), self.stream.mesh)
-        for mixed, real in zip(self._mixed(), self.stream.real, strict=True):
-            total.add(
+        total = SplitSum(statistics.empty_attention_moments(self.shape), self.stream.mesh, len(self.stream.batches))
+
+        def add(i: int) -> MomentSum[AttentionMoments]:
+            total.of(i).add(
                 statistics.add_attention,
-                real,
+                self.stream.real[i],
                 0,
-                mixed,
+                self._mixed(i),
                 query_to_kv=self.shape.query_to_kv,
                 rotary_dim=self.shape.rotary_dim,
                 joint_pairs=self.config.pair_selection == "logits",
             )
-        return check_finite(self.index, "attention", total.total())
+            return total.of(i)
 
-    def _mixed(self) -> Iterator[Mixed]:
-        """What the attention computes, batch by batch; remembered if it fits the memory budget."""
-        if self._kept:
-            yield from self._kept
-            return
-        for i, x in enumerate(self.stream.batches):
-            mixed = statistics.mix(self.block, x, self.stream.rope)
-            mixed = mixed._replace(weights=self.stream.weights_of(self.index, i))
-            if fits(self.config, self.stream, mixed):
-                self._kept.append(mixed)
-            yield mixed
+        self.stream.each_batch(add)
+        return check_finite(self.index, "attention", total.totals()[0])
+
+    def _mixed(self, batch: int) -> Mixed:
+        """What the attention computes on a batch; remembered if that of all fits the memory budget."""
+        if batch in self._kept:
+            return self._kept[batch]
+        mixed = statistics.mix(self.block, self.stream.batches[batch], self.stream.rope)
+        mixed = mixed._replace(weights=self.stream.weights_of(self.index, batch))
+        if fits(self.config, self.stream, mixed):
+            self._kept[batch] = mixed
+        return mixed
 
     @stage("attention re-run")
     def kept_moments(
@@ -201,11 +213,14 @@ class AttentionCalibration:
         inputs, targets = len(heads) * v, self.shape.num_attention_heads * v
         attention, kv = self.block.attention, [self.shape.query_to_kv[h] for h in heads]
         total, drifts = self.stream.moment_sum(empty_map_moments(inputs, targets)), self.stream.drift_sum(inputs)
-        kept = replicated((jnp.asarray(heads), jnp.asarray(kv), query_maps, key_maps), self.stream.mesh)
-        for i, (mixed, real) in enumerate(zip(self._mixed(), self.stream.real, strict=True)):
+        rows = jax.device_put((np.asarray(heads, np.int32), np.asarray(kv, np.int32)))
+        kept = replicated((*rows, query_maps, key_maps), self.stream.mesh)
+
+        def add(i: int) -> MomentSum[MapMoments]:
+            mixed = self._mixed(i)
             (again,) = total.of(i).add_and_pass(
                 statistics.add_kept_attention,
-                real,
+                self.stream.real[i],
                 0,
                 mixed,
                 *kept,
@@ -214,7 +229,10 @@ class AttentionCalibration:
             )
             add_drift(drifts, self.stream, i, attention, (mixed.y, again), self.stream.batches[i], mixed.weights)
             if not self.tried and fits(self.config, self.stream, again):
-                self._again.append(again)
+                self._again[i] = again
+            return total.of(i)
+
+        self.stream.each_batch(add)
         whole, held = total.totals()
         return check_finite(self.index, "attention", whole), drift_of(drifts, held)
 
@@ -232,10 +250,9 @@ class AttentionCalibration:
         """
         if not self._again or self.stream.mesh is not None or self.arrays["o_proj"].dtype != jnp.float32:
             return None
-        behind = [
-            statistics.leave_attention(x, kept, output, bias)
-            for x, kept in zip(self.stream.batches, self._again, strict=True)
-        ]
+        behind = self.stream.each_batch(
+            lambda i: statistics.leave_attention(self.stream.batches[i], self._again[i], output, bias)
+        )
         self._again.clear()
         self._kept.clear()
         return behind
@@ -256,6 +273,7 @@ class MLPCalibration:
         tokens: how many tokens the moments sum over.
         config: the run's settings.
         num_layers: of the model.
+        mesh: which the model lies on, None for one device.
         drift: moments of the down-projection's input against the module's drift from the dense model, if that is
             carried along.
     """
@@ -270,6 +288,7 @@ class MLPCalibration:
     tokens: int
     config: PruneConfig
     num_layers: int
+    mesh: Mesh | None = None
     drift: Drift | None = None
 
     @classmethod
@@ -292,10 +311,10 @@ class MLPCalibration:
         inner = shape.intermediate_size
         total = stream.moment_sum(zeros_like_moments(GramMoments, gram=(inner, inner), total=(inner,)))
         drifts = stream.drift_sum(inner)
-        after_attention, inner_activations = [], []
         norm = block.input_norm if block.post_norm is None else block.post_norm
-        for i, (x, real) in enumerate(zip(stream.batches, stream.real, strict=True)):
-            weights = stream.weights_of(index, i)
+
+        def add(i: int) -> tuple[Array, Array | None]:
+            x, real, weights = stream.batches[i], stream.real[i], stream.weights_of(index, i)
             if behind is None:
                 after, z = total.of(i).add_and_pass(
                     statistics.attend_and_add_mlp, real, (1, 3), block, x, stream.rope, weights
@@ -304,9 +323,9 @@ class MLPCalibration:
                 after, read = behind[i], x if model.parallel_block else behind[i]
                 (z,) = total.of(i).add_and_pass(statistics.add_mlp, real, (2, 3), norm, block.mlp, read, weights)
             add_drift(drifts, stream, i, block.mlp, (z, z), after, weights)
-            after_attention.append(after)
-            if fits(config, stream, z):
-                inner_activations.append(z)
+            return after, z if fits(config, stream, z) else None
+
+        after_attention, inner_activations = map(list, zip(*stream.each_batch(add), strict=True))
         sources = stream.batches if model.parallel_block else [None] * len(after_attention)
         whole, held = total.totals(split=stream.mesh is not None and not fits_one_device(inner))
         return cls(
@@ -315,11 +334,12 @@ class MLPCalibration:
             check_finite(index, "MLP", whole),
             after_attention,
             list(sources),
-            inner_activations,
+            [z for z in inner_activations if z is not None],
             stream.real,
             stream.tokens,
             config,
             model.num_layers,
+            stream.mesh,
             drift_of(drifts, held),
         )
 
@@ -343,14 +363,16 @@ class MLPCalibration:
             channels: which of the old MLP's inner activations the new one has, None if it has its own.
         """
         if channels is not None and self.inner_activations:
-            return [
-                statistics.finish_selected(block.mlp, after, z, jnp.asarray(channels))
-                for after, z in zip(self.after_attention, self.inner_activations, strict=True)
-            ]
-        return [
-            statistics.finish_layer(block, after, source)
-            for after, source in zip(self.after_attention, self.sources, strict=True)
-        ]
+            kept = jax.device_put(channels)
+
+            def finish(i: int) -> Array:
+                return statistics.finish_selected(block.mlp, self.after_attention[i], self.inner_activations[i], kept)
+        else:
+
+            def finish(i: int) -> Array:
+                return statistics.finish_layer(block, self.after_attention[i], self.sources[i])
+
+        return in_lanes(finish, range(len(self.after_attention)), self.mesh)
 
 
 def add_drift(
@@ -441,20 +463,23 @@ def replace(
 ) -> dict[str, Array]:
     """The block's arrays with one module's exchanged, in the dtypes they had; those of process 0 on all processes."""
     cast = {
-        f"{module}.{name}": jnp.asarray(np.asarray(array).astype(arrays[f"{module}.{name}"].dtype))
+        f"{module}.{name}": jax.device_put(np.asarray(array).astype(arrays[f"{module}.{name}"].dtype))
         for name, array in new.items()
     }
     return {**arrays, **(cast if mesh is None else put_weights(from_first(cast), mesh, RULES.in_use(), quiet=True))}
 
 
-def batch_size(model: ModelConfig, shape: tuple[int, ...], config: PruneConfig, ways: int = 1) -> int:
-    """The largest divisor of the windows of each of `ways` device rows whose activations fit the memory budget."""
+def batch_size(model: ModelConfig, shape: tuple[int, ...], config: PruneConfig, ways: int = 1, at_once: int = 1) -> int:
+    """The largest divisor of the windows of each of `ways` device rows whose activations fit the memory budget.
+
+    `at_once` batches are under way together and share the windows and the budget.
+    """
     samples, seq = shape
-    samples = max(1, samples // ways)
-    wanted = -(-config.batch_size // ways)
+    samples = max(1, samples // (ways * at_once))
+    wanted = -(-config.batch_size // (ways * at_once))
     if not wanted:
         widest = max(model.layers, key=lambda layer: layer.intermediate_size)
         per_token = 8 * model.hidden_size + 4 * widest.intermediate_size
         scores = 2 * widest.num_attention_heads * max(128, seq // 8)
-        wanted = config.memory_budget // (4 * seq * (per_token + scores))
+        wanted = config.memory_budget // (4 * seq * (per_token + scores) * at_once)
     return max(size for size in range(1, max(1, min(wanted, samples)) + 1) if samples % size == 0)

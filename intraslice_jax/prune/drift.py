@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple
 
@@ -12,6 +13,7 @@ from jaxtyping import Array
 
 from intraslice_jax.calibrate import statistics
 from intraslice_jax.calibrate.held_out import held_out_count
+from intraslice_jax.calibrate.lanes import lanes
 from intraslice_jax.calibrate.statistics import DriftMoments, GramMoments, MapMoments
 from intraslice_jax.config import ModelConfig, PruneConfig
 from intraslice_jax.errors import InputError
@@ -19,6 +21,7 @@ from intraslice_jax.models.decoder import Block
 from intraslice_jax.models.rope import RopeTable
 from intraslice_jax.parallel.linalg import fits_one_device
 from intraslice_jax.parallel.moments import Moments, MomentSum
+from intraslice_jax.programs import by_shape
 
 
 def held_out_windows(samples: int, config: PruneConfig) -> int:
@@ -80,7 +83,7 @@ class Drift(NamedTuple):
 
 
 class SplitSum(Generic[Moments]):
-    """A `MomentSum` of all batches, which tells what the last ones of them give apart.
+    """A `MomentSum` of all batches, which tells what the last ones of them give apart. Each lane adds to its own.
 
     Args:
         empty: zeros.
@@ -89,19 +92,38 @@ class SplitSum(Generic[Moments]):
         held_out: how many of them, the last ones, are summed apart.
     """
 
-    def __init__(self, empty: Moments, mesh: Mesh | None, batches: int, held_out: int) -> None:
-        self._held = MomentSum(jax.tree.map(jnp.copy, empty), mesh) if held_out else None
-        self._first = MomentSum(empty, mesh)
+    def __init__(self, empty: Moments, mesh: Mesh | None, batches: int, held_out: int = 0) -> None:
+        def sums() -> list[MomentSum[Moments]]:
+            return [MomentSum(_fresh(empty), mesh) for _ in range(min(lanes(mesh), batches))]
+
+        self._first, self._held = sums(), sums() if held_out else None
         self._until = batches - held_out
 
     def of(self, batch: int) -> MomentSum[Moments]:
         """To which a batch is to be added."""
-        return self._first if self._held is None or batch < self._until else self._held
+        sums = self._first if self._held is None or batch < self._until else self._held
+        return sums[batch % len(sums)]
 
     def totals(self, split: bool = False) -> tuple[Moments, Moments | None]:
         """The sums over all batches, and over those held out if there are any; `split` as in `MomentSum.total`."""
-        first = self._first.total(split)
+        first = _added(self._first, split)
         if self._held is None:
             return first, None
-        held = self._held.total(split)
-        return jax.tree.map(jnp.add, first, held), held
+        held = _added(self._held, split)
+        return _plus(first, held), held
+
+
+def _added(sums: list[MomentSum[Moments]], split: bool) -> Moments:
+    return functools.reduce(_plus, (one.total(split) for one in sums))
+
+
+@by_shape
+@jax.jit
+def _fresh(empty: Moments) -> Moments:
+    return jax.tree.map(jnp.zeros_like, empty)
+
+
+@by_shape
+@jax.jit
+def _plus(first: Moments, second: Moments) -> Moments:
+    return jax.tree.map(jnp.add, first, second)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from intraslice_jax.parallel.placement import mesh_of
@@ -70,7 +70,8 @@ class IntraSlice:
         with solver_precision():
             maps = query_key_maps(moments, plan, shape, layer.tokens, config.damping, config.pair_selection)
             query, key = (np.asarray(a, np.float32) for a in (maps.query, maps.key))
-        kept, drift = layer.kept_moments(plan.heads, jnp.asarray(query), jnp.asarray(key[list(plan.local_query_to_kv)]))
+        key = key[list(plan.local_query_to_kv)]
+        kept, drift = layer.kept_moments(plan.heads, *jax.device_put((query, key)))
         with solver_precision():
             fused, from_kept = fuse_attention(
                 arrays,
@@ -88,7 +89,7 @@ class IntraSlice:
                 None if array is None else np.asarray(array, np.float32)
                 for array in (from_kept, fused.arrays.get("o_bias"))
             )
-        behind = layer.after_attention(jnp.asarray(output), None if bias is None else jnp.asarray(bias))
+        behind = layer.after_attention(*jax.device_put((output, bias)))
         spectra = value_spectra(kept.gram, plan.query_to_kv)
         return dataclasses.replace(fused, notes={**fused.notes, "value_spectra": spectra}, behind=behind)
 

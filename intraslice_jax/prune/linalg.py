@@ -36,9 +36,10 @@ def _solver_device() -> Any:
 
 def to_solver(array: Array | np.ndarray) -> Float[Array, "..."]:
     """A copy in the solver's dtype and on its device; call it inside `solver_precision`."""
-    if isinstance(array, jax.Array) and array.devices() == {_solver_device()}:
+    device = _solver_device()
+    if device.platform != "cpu" and isinstance(array, jax.Array) and array.devices() == {device}:
         return jnp.array(array, jnp.float64)  # large moments need not go through the host
-    return jnp.asarray(np.asarray(array).astype(np.float64))
+    return jax.device_put(np.asarray(array).astype(np.float64), device)  # NumPy has no programs to compile
 
 
 def damped(gram: Float[Array, "n n"], damping: Number) -> Float[Array, "n n"]:

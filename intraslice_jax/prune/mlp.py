@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from intraslice_jax.calibrate.statistics import DriftMoments, GramMoments, MapMoments
+from intraslice_jax.programs import by_shape
 from intraslice_jax.prune.compensation import Compensation, Sums, relative_error, ridge
 from intraslice_jax.prune.dense_targets import Regression, correction, strength_note
 from intraslice_jax.prune.drift import Drift
@@ -77,11 +78,12 @@ def fuse_mlp(
     new, error, indefinite, strength = _fold(
         gram, total, down, bias, kept, dropped, float(tokens), damping, jax.tree.map(to_solver, drift), dense_targets
     )
-    new |= {name: arrays[name][..., kept] for name in arrays if not name.startswith("down")}
+    new |= {name: np.asarray(arrays[name])[..., kept] for name in arrays if not name.startswith("down")}
     notes = {"solver": solver_name(indefinite), **strength_note(strength)}
     return PrunedMLP(new, float(error), kept, notes)
 
 
+@by_shape
 @jax.jit
 def _fold(
     gram: Float[Array, "inner inner"],

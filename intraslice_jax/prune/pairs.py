@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from intraslice_jax.programs import by_shape
 from intraslice_jax.prune.linalg import Number, each, inverse_gram
 
 
@@ -59,6 +60,7 @@ def _inverse_2x2(blocks: Float[Array, "heads pairs 2 2"]) -> Float[Array, "heads
     return adjugate / (a * d - b * b)[..., None, None]
 
 
+@by_shape
 @functools.partial(jax.jit, static_argnames=("kv_heads", "kept"))
 def eliminate_pairs(
     gram: Float[Array, "heads rotary rotary"],

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from intraslice_jax.calibrate.gradients import token_gradients
+from intraslice_jax.calibrate.lanes import lanes
 from intraslice_jax.calibrate.token_weights import token_weights
 from intraslice_jax.config import LayerShape, ModelConfig, PruneConfig
 from intraslice_jax.environment import StageClock
@@ -27,6 +28,7 @@ from intraslice_jax.parallel.distributed import agree
 from intraslice_jax.parallel.mesh import is_shared, ways
 from intraslice_jax.parallel.placement import LocalParts, gathered, mesh_of, put_weights, to_host
 from intraslice_jax.parallel.rules import RULES
+from intraslice_jax.programs import ShapePrograms
 from intraslice_jax.prune.biases import with_output_biases
 from intraslice_jax.prune.budget import LayerRatios, Ledger
 from intraslice_jax.prune.calibration import (
@@ -126,7 +128,7 @@ def prune_model(
         samples, seq = windows.shape
         held_out = held_out_windows(samples, config)
         # A batch is either held out or not.
-        batch = batch_size(model.config, (math.gcd(samples, held_out), seq), config, ways(mesh))
+        batch = batch_size(model.config, (math.gcd(samples, held_out), seq), config, ways(mesh), lanes(mesh))
         weights = _token_weights(model, windows, config, on_batch, run_log)
         if weights is not None:
             clock.finish("token gradients")
@@ -247,6 +249,7 @@ def _prune_layers(
     streamed = isinstance(model.decoder, StreamedDecoder)
     blocks: list[PrunedBlock] = []
     records: list[LayerRecord] = []
+    programs = ShapePrograms()
     if run_log is not None and run_log.layers_done:
         blocks, records = _finished(run_log, stream, ledger, streamed)
     for i in range(len(blocks), model.config.num_layers):
@@ -303,6 +306,7 @@ def _prune_layers(
         blocks.append(PrunedBlock(arrays, shape))
         # What calibrated a layer must not outlive it.
         del block, small, arrays, attention, calibration, mlp
+        programs.done(model.config.layers[i], shape)
         if on_layer is not None:
             on_layer(record)
     if layout is None:

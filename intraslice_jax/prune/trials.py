@@ -9,9 +9,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from intraslice_jax.calibrate.lanes import lanes
 from intraslice_jax.config import LayerShape, PruneConfig
 from intraslice_jax.model import LanguageModel
-from intraslice_jax.models.decoder import Block, block_from_arrays, decoder_to_arrays, run_block
+from intraslice_jax.models.decoder import Block, block_from_arrays, decoder_to_arrays
 from intraslice_jax.models.padding import pad_attention, pad_mlp
 from intraslice_jax.parallel.mesh import ways
 from intraslice_jax.parallel.placement import gathered, mesh_of, put_weights, to_host
@@ -73,14 +74,14 @@ def variants(
     """
     method = create_method(config.method)
     config = dataclasses.replace(config, iterative="never")
-    stream = ResidualStream.start(
-        dense, windows, batch_size(dense.config, windows.shape, config, ways(mesh_of(dense.decoder)))
-    )
+    mesh = mesh_of(dense.decoder)
+    batch = batch_size(dense.config, windows.shape, config, ways(mesh), lanes(mesh))
+    stream = ResidualStream.start(dense, windows, batch)
     whole = (0, dense.config.block_parameters())
     for i, block in enumerate(map(gathered, dense.decoder.layers)):
         other = block if base is None else gathered(base(i))
         if i < first:
-            stream.batches = [run_block(other, x, stream.rope) for x in stream.batches]
+            stream.run(other)
             continue
         shape, others, wanted = dense.config.layers[i], decoder_to_arrays(other), trials(i)
         before = AttentionCalibration(i, block, shape, stream, config, dense.config, whole, tried=True)

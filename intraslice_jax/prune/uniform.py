@@ -12,7 +12,6 @@ from jaxtyping import Float, Int
 from intraslice_jax.config import LayerShape, ModelConfig, PruneConfig
 from intraslice_jax.errors import InputError
 from intraslice_jax.model import LanguageModel
-from intraslice_jax.models.decoder import run_block
 from intraslice_jax.parallel.placement import gathered
 from intraslice_jax.prune.attention import AttentionPlan, HeadEnergies, even_width, plan_widths
 from intraslice_jax.prune.budget import TOLERANCE, LayerRatios, narrowest
@@ -76,7 +75,7 @@ def plan_uniform_layout(
         with solver_precision():
             energies.append(HeadEnergies(calibration.arrays["o_proj"], moments.head_gram))
         scores.append(np.asarray(moments.pair_scores, np.float64))
-        stream.batches = [run_block(block, x, stream.rope) for x in stream.batches]
+        stream.run(block)
 
     shape = max(model.config.layers, key=lambda layer: layer.rotary_dim)
     channels = shape.num_attention_heads * shape.v_head_dim

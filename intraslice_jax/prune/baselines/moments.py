@@ -13,6 +13,7 @@ from intraslice_jax.models.decoder import Block
 from intraslice_jax.models.rope import RopeTable
 from intraslice_jax.parallel.moments import MomentSum
 from intraslice_jax.prune.calibration import AttentionCalibration, check_finite
+from intraslice_jax.prune.drift import SplitSum
 
 
 def attention_moments(layer: AttentionCalibration) -> GramMoments:
@@ -23,10 +24,15 @@ def attention_moments(layer: AttentionCalibration) -> GramMoments:
     """
     channels = layer.shape.num_attention_heads * layer.shape.v_head_dim
     empty = zeros_like_moments(GramMoments, gram=(channels, channels), total=(channels,))
-    total, stream = MomentSum(empty, layer.stream.mesh), layer.stream
-    for x, real in zip(stream.batches, stream.real, strict=True):
-        total.add(_add, real, 1, layer.block, x, stream.rope)
-    return check_finite(layer.index, "attention", total.total())
+    stream = layer.stream
+    total = SplitSum(empty, stream.mesh, len(stream.batches))
+
+    def add(i: int) -> MomentSum[GramMoments]:
+        total.of(i).add(_add, stream.real[i], 1, layer.block, stream.batches[i], stream.rope)
+        return total.of(i)
+
+    stream.each_batch(add)
+    return check_finite(layer.index, "attention", total.totals()[0])
 
 
 @functools.partial(jax.jit, donate_argnums=0)
