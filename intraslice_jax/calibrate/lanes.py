@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from intraslice_jax.models.attention_by_head import one_cpu
@@ -36,9 +37,11 @@ def in_lanes(work: Callable[[Item], Result], items: Sequence[Item], mesh: Mesh |
     count = lanes(mesh)
     if min(count, len(items)) == 1:
         return [work(item) for item in items]
+    x64 = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
 
     def one_lane(lane: int) -> list[Result]:
-        with jax.default_matmul_precision("highest"):  # a setting of each thread
+        # Settings of each thread.
+        with jax.default_matmul_precision("highest"), jax.enable_x64(x64):
             return [jax.block_until_ready(work(item)) for item in items[lane::count]]
 
     with ThreadPoolExecutor(count) as pool:

@@ -100,6 +100,8 @@ def test_batches_fit_the_budget_and_are_even():
     assert automatic_batch(config, 64) > automatic_batch(config, 2048) >= 1
     assert automatic_batch(config, 64, memory_budget=1) == 1
     assert [even_batch(10, most) for most in (1, 4, 6, 10, 99)] == [1, 4, 5, 10, 10]
+    assert [even_batch(16, most) for most in (3, 5, 7)] == [2, 4, 4]  # without copies
+    assert [even_batch(17, 8), even_batch(3, 8, 2), even_batch(5, 1, 4)] == [6, 4, 4]
 
 
 @pytest.mark.parametrize(
