@@ -109,7 +109,7 @@ def _prepare_process() -> None:
     logging.getLogger("intraslice_jax").setLevel(logging.INFO)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "intraslice" / "jax"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     if any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
         _without_triton_products()
     if os.environ.get("JAX_NUM_CPU_DEVICES", "1") != "1":

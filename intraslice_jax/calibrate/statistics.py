@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from intraslice_jax.config import LayerShape
@@ -108,13 +109,12 @@ def empty_drift_moments(inputs: int, hidden: int) -> DriftMoments:
 
 def zeros_like_moments(kind: Callable[..., Moments], **shapes: tuple[int, ...]) -> Moments:
     """An empty accumulator."""
-    return kind(**_zeros(tuple(shapes.items())))
+    return kind(**{name: zeros(shape) for name, shape in shapes.items()})
 
 
-@by_shape
-@functools.partial(jax.jit, static_argnums=0)
-def _zeros(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> dict[str, Array]:
-    return {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes}
+def zeros(shape: tuple[int, ...]) -> Array:
+    """Zeros in float32. `jnp.zeros` would compile a program for every shape."""
+    return jax.device_put(np.zeros(shape, np.float32))
 
 
 def _product(spec: str, a: Array, b: Array) -> Array:

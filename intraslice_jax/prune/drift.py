@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
 from intraslice_jax.calibrate import statistics
 from intraslice_jax.calibrate.held_out import held_out_count
 from intraslice_jax.calibrate.lanes import lanes
-from intraslice_jax.calibrate.statistics import DriftMoments, GramMoments, MapMoments
+from intraslice_jax.calibrate.statistics import DriftMoments, GramMoments, MapMoments, zeros
 from intraslice_jax.config import ModelConfig, PruneConfig
 from intraslice_jax.errors import InputError
 from intraslice_jax.models.decoder import Block
 from intraslice_jax.models.rope import RopeTable
 from intraslice_jax.parallel.linalg import fits_one_device
 from intraslice_jax.parallel.moments import Moments, MomentSum
-from intraslice_jax.programs import by_shape
 
 
 def held_out_windows(samples: int, config: PruneConfig) -> int:
@@ -94,7 +93,8 @@ class SplitSum(Generic[Moments]):
 
     def __init__(self, empty: Moments, mesh: Mesh | None, batches: int, held_out: int = 0) -> None:
         def sums() -> list[MomentSum[Moments]]:
-            return [MomentSum(_fresh(empty), mesh) for _ in range(min(lanes(mesh), batches))]
+            copies = range(min(lanes(mesh), batches))
+            return [MomentSum(jax.tree.map(lambda a: zeros(a.shape), empty), mesh) for _ in copies]
 
         self._first, self._held = sums(), sums() if held_out else None
         self._until = batches - held_out
@@ -110,20 +110,10 @@ class SplitSum(Generic[Moments]):
         if self._held is None:
             return first, None
         held = _added(self._held, split)
-        return _plus(first, held), held
+        return jax.tree.map(jnp.add, first, held), held
 
 
 def _added(sums: list[MomentSum[Moments]], split: bool) -> Moments:
-    return functools.reduce(_plus, (one.total(split) for one in sums))
-
-
-@by_shape
-@jax.jit
-def _fresh(empty: Moments) -> Moments:
-    return jax.tree.map(jnp.zeros_like, empty)
-
-
-@by_shape
-@jax.jit
-def _plus(first: Moments, second: Moments) -> Moments:
-    return jax.tree.map(jnp.add, first, second)
+    first, *others = (one.total(split) for one in sums)
+    # Only a CPU has several: NumPy adds them where they lie, and compiles nothing.
+    return jax.tree.map(lambda *parts: jax.device_put(sum(map(np.asarray, parts))), first, *others) if others else first
