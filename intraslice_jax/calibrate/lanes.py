@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 
 def lanes(mesh: Mesh | None) -> int:
-    """How many batches are worked on at once: 2 on one CPU device, whatever its cores (so sums have the same bits)."""
+    """How many batches are worked on at once: 2 on one CPU device, whatever its cores, since sums depend on it."""
     return 2 if mesh is None and one_cpu() else 1
 
 
