@@ -109,12 +109,8 @@ def empty_drift_moments(inputs: int, hidden: int) -> DriftMoments:
 
 def zeros_like_moments(kind: Callable[..., Moments], **shapes: tuple[int, ...]) -> Moments:
     """An empty accumulator."""
-    return kind(**{name: zeros(shape) for name, shape in shapes.items()})
-
-
-def zeros(shape: tuple[int, ...]) -> Array:
-    """Zeros in float32. `jnp.zeros` would compile a program for every shape."""
-    return jax.device_put(np.zeros(shape, np.float32))
+    # `jnp.zeros` would compile a program for every shape.
+    return kind(**{name: jax.device_put(np.zeros(shape, np.float32)) for name, shape in shapes.items()})
 
 
 def _product(spec: str, a: Array, b: Array) -> Array:

@@ -108,15 +108,16 @@ class ResidualStream:
         """Goes on behind a layer."""
         self.batches = self.each_batch(lambda i: run_block(block, self.batches[i], self.rope))
 
-    def moment_sum(self, empty: Moments) -> SplitSum[Moments]:
-        """A sum over the batches, those held out apart."""
+    def moment_sum(self, empty: Callable[[], Moments]) -> SplitSum[Moments]:
+        """A sum over the batches, those held out apart; `empty` makes zeros."""
         return SplitSum(empty, self.mesh, len(self.batches), self.held_out)
 
     def drift_sum(self, inputs: int) -> SplitSum[DriftMoments] | None:
         """Likewise of the drift from the dense model, if that is carried along."""
         if self.dense is None:
             return None
-        return self.moment_sum(statistics.empty_drift_moments(inputs, self.batches[0].shape[-1]))
+        hidden = self.batches[0].shape[-1]
+        return self.moment_sum(lambda: statistics.empty_drift_moments(inputs, hidden))
 
     def weights_of(self, layer: int, batch: int) -> Float[Array, "batch seq"] | None:
         """How much each token of a batch counts in a layer's moments, on the devices that hold the batch."""
@@ -166,7 +167,8 @@ class AttentionCalibration:
     @stage("attention moments")
     def head_moments(self) -> AttentionMoments:
         """Per-head second moments of the o-projection's input, and query-key scores."""
-        total = SplitSum(statistics.empty_attention_moments(self.shape), self.stream.mesh, len(self.stream.batches))
+        empty = functools.partial(statistics.empty_attention_moments, self.shape)
+        total = SplitSum(empty, self.stream.mesh, len(self.stream.batches))
 
         def add(i: int) -> MomentSum[AttentionMoments]:
             total.of(i).add(
@@ -212,7 +214,10 @@ class AttentionCalibration:
         v = self.shape.v_head_dim
         inputs, targets = len(heads) * v, self.shape.num_attention_heads * v
         attention, kv = self.block.attention, [self.shape.query_to_kv[h] for h in heads]
-        total, drifts = self.stream.moment_sum(empty_map_moments(inputs, targets)), self.stream.drift_sum(inputs)
+        total, drifts = (
+            self.stream.moment_sum(lambda: empty_map_moments(inputs, targets)),
+            self.stream.drift_sum(inputs),
+        )
         rows = jax.device_put((np.asarray(heads, np.int32), np.asarray(kv, np.int32)))
         kept = replicated((*rows, query_maps, key_maps), self.stream.mesh)
 
@@ -309,7 +314,7 @@ class MLPCalibration:
         """
         block = block_from_arrays(model, shape, arrays)
         inner = shape.intermediate_size
-        total = stream.moment_sum(zeros_like_moments(GramMoments, gram=(inner, inner), total=(inner,)))
+        total = stream.moment_sum(lambda: zeros_like_moments(GramMoments, gram=(inner, inner), total=(inner,)))
         drifts = stream.drift_sum(inner)
         norm = block.input_norm if block.post_norm is None else block.post_norm
 

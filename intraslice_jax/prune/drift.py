@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple
 
@@ -14,7 +15,7 @@ from jaxtyping import Array
 from intraslice_jax.calibrate import statistics
 from intraslice_jax.calibrate.held_out import held_out_count
 from intraslice_jax.calibrate.lanes import lanes
-from intraslice_jax.calibrate.statistics import DriftMoments, GramMoments, MapMoments, zeros
+from intraslice_jax.calibrate.statistics import DriftMoments, GramMoments, MapMoments
 from intraslice_jax.config import ModelConfig, PruneConfig
 from intraslice_jax.errors import InputError
 from intraslice_jax.models.decoder import Block
@@ -85,16 +86,15 @@ class SplitSum(Generic[Moments]):
     """A `MomentSum` of all batches, which tells what the last ones of them give apart. Each lane adds to its own.
 
     Args:
-        empty: zeros.
+        empty: makes zeros.
         mesh: as for `MomentSum`.
         batches: how many there are.
         held_out: how many of them, the last ones, are summed apart.
     """
 
-    def __init__(self, empty: Moments, mesh: Mesh | None, batches: int, held_out: int = 0) -> None:
+    def __init__(self, empty: Callable[[], Moments], mesh: Mesh | None, batches: int, held_out: int = 0) -> None:
         def sums() -> list[MomentSum[Moments]]:
-            copies = range(min(lanes(mesh), batches))
-            return [MomentSum(jax.tree.map(lambda a: zeros(a.shape), empty), mesh) for _ in copies]
+            return [MomentSum(empty(), mesh) for _ in range(min(lanes(mesh), batches))]
 
         self._first, self._held = sums(), sums() if held_out else None
         self._until = batches - held_out

@@ -23,7 +23,7 @@ def attention_moments(layer: AttentionCalibration) -> GramMoments:
         RunError: an entry is not finite.
     """
     channels = layer.shape.num_attention_heads * layer.shape.v_head_dim
-    empty = zeros_like_moments(GramMoments, gram=(channels, channels), total=(channels,))
+    empty = functools.partial(zeros_like_moments, GramMoments, gram=(channels, channels), total=(channels,))
     stream = layer.stream
     total = SplitSum(empty, stream.mesh, len(stream.batches))
 
