@@ -9,7 +9,7 @@ layer's forward pass again. Weights are never differentiated.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ from intraslice_jax.models.attention_by_head import one_cpu
 from intraslice_jax.models.decoder import Block, Decoder
 from intraslice_jax.models.head import token_nll
 from intraslice_jax.models.rope import RopeTable
+from intraslice_jax.models.token_blocks import by_token_blocks
 from intraslice_jax.parallel.batches import even_batch
 from intraslice_jax.parallel.mesh import ways
 from intraslice_jax.parallel.placement import gathered, mesh_of, put_batch, to_host
@@ -162,25 +163,26 @@ def token_gradients(
     rope, found = decoder.rope_for(windows.shape[1]), []
     with jax.default_matmul_precision("highest"):
         for tokens, real, done in _batches(windows, size, mesh_of(decoder)):
-            x, boundaries, _ = _forwards(decoder, tokens, rope)
-            loss, cotangent = _loss_gradient(decoder, x, tokens)
-            if not np.isfinite(to_host(loss)).all():
+            parts = _lane_parts(decoder, tokens)
+            x, boundaries, _ = _forwards(decoder, parts, rope)
+            losses, cotangents = _loss_gradients(decoder, x, parts)
+            if not all(np.isfinite(to_host(loss)).all() for loss in losses):
                 raise RunError(f"the loss is not finite: {first_bad_layer(decoder, tokens)}")
-            found.append(_squared_norms(decoder, boundaries, rope, cotangent)[:, :real])
+            found.append(_squared_norms(decoder, boundaries, rope, cotangents)[:, :real])
             if on_batch is not None:
                 on_batch(done, len(windows))
     return np.concatenate(found, 1)
 
 
 def _squared_norms(
-    decoder: Decoder, boundaries: list[Array], rope: RopeTable, cotangent: Array
+    decoder: Decoder, boundaries: list[list[Array]], rope: RopeTable, cotangents: list[Array]
 ) -> Float[np.ndarray, "layers batch seq"]:
-    """Of the gradients behind all layers, given the one behind the last. Uses up the boundaries and the cotangent."""
+    """Of the gradients behind all layers, given the one behind the last. Uses up the boundaries and the cotangents."""
     norms = []
-    for block in reversed(decoder.layers):
-        norms.append(_squared_norm(cotangent))
-        cotangent, _ = _backward(gathered(block), boundaries.pop(), rope, cotangent, False)
-    found = np.stack([to_host(norm) for norm in reversed(norms)])
+    for layer in reversed(decoder.layers):
+        norms.append([_squared_norm(cotangent) for cotangent in cotangents])
+        cotangents, _ = _layer_backward(decoder, gathered(layer), boundaries.pop(), rope, cotangents, False)
+    found = np.stack([_joined(parts) for parts in reversed(norms)])
     for i in reversed(range(len(found))):  # the gradient passes the layers from the last to the first
         if not np.isfinite(found[i]).all():
             raise RunError(f"the loss gradient behind layer {i} is not finite (try --dtype float32)")
@@ -259,46 +261,70 @@ def _sequences(
 
 
 def _one_batch(decoder: Decoder, tokens: Array, rope: RopeTable, matrices: bool) -> _Sequences:
-    mesh = mesh_of(decoder)
-    parts = jnp.split(tokens, lanes(mesh)) if len(tokens) % lanes(mesh) == 0 else [tokens]
-    numbers = range(len(parts))
-
-    def forward(i: int) -> tuple[Array, list[Array], tuple[Array, ...]]:
-        return _forwards(decoder, parts[i], rope)
-
-    def loss(i: int) -> tuple[Array, Array]:
-        return _loss_gradient(decoder, ran[i][0], parts[i])
-
-    def backward(i: int) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-        return _backwards(decoder, ran[i][1], rope, losses[i][1], matrices)
-
-    ran = stage("gradients: forward")(in_lanes)(forward, numbers, mesh)
-    losses = stage("gradients: loss")(in_lanes)(loss, numbers, mesh)
-    masks = stage("gradients: backward")(in_lanes)(backward, numbers, mesh)
-    found = [_Sequences(*jax.tree.map(to_host, (*masks[i], ran[i][2], losses[i][0]))) for i in numbers]
-    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *found)
+    parts = _lane_parts(decoder, tokens)
+    x, boundaries, grams = stage("gradients: forward")(_forwards)(decoder, parts, rope)
+    losses, cotangents = stage("gradients: loss")(_loss_gradients)(decoder, x, parts)
+    masks = stage("gradients: backward")(_backwards)(decoder, boundaries, rope, cotangents, matrices)
+    return _Sequences(
+        tuple(_joined(part.attention for part in layer) for layer in masks),
+        tuple(_joined(part.mlp for part in layer) for layer in masks),
+        tuple(map(_joined, grams)),
+        _joined(losses),
+    )
 
 
-def _forwards(decoder: Decoder, tokens: Array, rope: RopeTable) -> tuple[Array, list[Array], tuple[Array, ...]]:
-    """What leaves the last layer, and for every layer what enters it and its heads' second moments."""
-    x, boundaries, grams = decoder.embed(tokens), [], []
-    for block in decoder.layers:
+def _joined(parts: Iterable[Array]) -> np.ndarray:
+    """The sequences of all parts."""
+    return np.concatenate([to_host(part) for part in parts])
+
+
+def _lane_parts(decoder: Decoder, tokens: Array) -> list[Array]:
+    """A batch of tokens in as many parts as there are lanes, if they divide it.
+
+    A layer serves all parts before the next one: where layers are streamed, each is fetched once.
+    """
+    count = lanes(mesh_of(decoder))
+    return jnp.split(tokens, count) if len(tokens) % count == 0 else [tokens]
+
+
+def _forwards(
+    decoder: Decoder, parts: list[Array], rope: RopeTable
+) -> tuple[list[Array], list[list[Array]], list[list[Array]]]:
+    """What leaves the last layer, and for every layer what enters it and its heads' second moments; of each part."""
+    x, boundaries, grams = [decoder.embed(tokens) for tokens in parts], [], []
+    for layer in decoder.layers:
         boundaries.append(x)
-        x, gram = _forward(gathered(block), x, rope)
+        behind = in_lanes(functools.partial(_forward, gathered(layer), rope=rope), x, mesh_of(decoder))
+        x, gram = ([pair[i] for pair in behind] for i in range(2))
         grams.append(gram)
-    return x, boundaries, tuple(grams)
+    return x, boundaries, grams
+
+
+def _loss_gradients(decoder: Decoder, x: list[Array], parts: list[Array]) -> tuple[list[Array], list[Array]]:
+    """Mean token losses of each part's sequences, and the gradients with respect to the last layer's output."""
+    pairs = list(zip(x, parts, strict=True))
+    found = in_lanes(lambda pair: _loss_gradient(decoder, *pair), pairs, mesh_of(decoder))
+    return [loss for loss, _ in found], [gradient for _, gradient in found]
 
 
 def _backwards(
-    decoder: Decoder, boundaries: list[Array], rope: RopeTable, cotangent: Array, matrices: bool
-) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-    """Mask gradients of all attentions and all MLPs. Uses up the boundaries and the cotangent."""
-    attention, mlp = [], []
-    for block in reversed(decoder.layers):
-        cotangent, masks = _backward(gathered(block), boundaries.pop(), rope, cotangent, matrices)
-        attention.append(masks.attention)
-        mlp.append(masks.mlp)
-    return tuple(attention[::-1]), tuple(mlp[::-1])
+    decoder: Decoder, boundaries: list[list[Array]], rope: RopeTable, cotangents: list[Array], matrices: bool
+) -> list[list[_Masks]]:
+    """Mask gradients of every layer, of each part. Uses up the boundaries and the cotangents."""
+    found = []
+    for layer in reversed(decoder.layers):
+        cotangents, masks = _layer_backward(decoder, gathered(layer), boundaries.pop(), rope, cotangents, matrices)
+        found.append(masks)
+    return found[::-1]
+
+
+def _layer_backward(
+    decoder: Decoder, block: Block, x: list[Array], rope: RopeTable, cotangents: list[Array], matrices: bool
+) -> tuple[list[Array], list[_Masks]]:
+    """`_backward` of each part; `cotangents` are used up."""
+    pairs = list(zip(x, cotangents, strict=True))
+    found = in_lanes(lambda pair: _backward(block, pair[0], rope, pair[1], matrices), pairs, mesh_of(decoder))
+    return [cotangent for cotangent, _ in found], [masks for _, masks in found]
 
 
 @jax.jit
@@ -348,9 +374,12 @@ def _masked(block: Block, rope: RopeTable, x: Array, masks: _Masks) -> Array:
     else:
         wide = wide * masks.attention[:, None]
     after_attention = x + block.attention.output(wide.astype(y.dtype))
-    z = block.mlp.inner(block.mlp_input(x, after_attention))
-    masked = (z.astype(jnp.float32) * masks.mlp[:, None]).astype(z.dtype)
-    return after_attention + block.mlp.output(masked)
+
+    def masked_mlp(read: Array, mask: Array) -> Array:
+        z = block.mlp.inner(read)
+        return block.mlp.output((z.astype(jnp.float32) * mask[:, None]).astype(z.dtype))
+
+    return after_attention + by_token_blocks(masked_mlp, block.mlp_input(x, after_attention), masks.mlp)
 
 
 def automatic_batch(config: ModelConfig, seq: int, matrices: bool, memory_budget: int) -> int:

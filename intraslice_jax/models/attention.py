@@ -8,10 +8,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from intraslice_jax.config import LayerShape, ModelConfig
-from intraslice_jax.models.attention_by_head import attend_by_head, one_cpu
+from intraslice_jax.models.attention_by_head import attend_by_head, attend_mapped_by_head, one_cpu
 from intraslice_jax.models.initialise import normal, optional_zeros
 from intraslice_jax.models.rope import RopeTable, rotate
 
@@ -95,12 +95,11 @@ def attend_causally(
     of the arithmetic and bounds the score matrix.
     """
     seq = q.shape[1]
-    chunk = max(128, -(-seq // 8))
     if one_cpu():
-        return attend_by_head(q, k, v, query_to_kv, scale, sliding_window, max(256, chunk))
+        return attend_by_head(q, k, v, query_to_kv, scale, sliding_window, _chunk_on_cpu(seq))
     if fused_kernel(q, v):
         return attend_fused(q, k, v, query_to_kv, scale, sliding_window, "cudnn")
-    outputs = []
+    chunk, outputs = max(128, -(-seq // 8)), []
     for start in range(0, seq, chunk):
         stop = min(start + chunk, seq)
         first = 0 if sliding_window is None else max(0, start - sliding_window + 1)
@@ -110,6 +109,32 @@ def attend_causally(
             visible &= distance < sliding_window
         outputs.append(attend(q[:, start:stop], k[:, first:stop], v[:, first:stop], visible[None], query_to_kv, scale))
     return jnp.concatenate(outputs, 1)
+
+
+def attend_mapped(
+    q: Float[Array, "batch seq heads qk"],
+    k: Float[Array, "batch seq kv qk"],
+    v: Float[Array, "batch seq kv v"],
+    heads: Int[Array, " kept"],
+    kv: Int[Array, " kept"],
+    query_maps: Float[Array, "kept qk width"],
+    key_maps: Float[Array, "kept qk width"],
+    scale: float,
+    sliding_window: int | None,
+) -> Float[Array, "batch seq kept v"]:
+    """`attend_causally` with some query heads and the KV heads they read, queries and keys through a map each."""
+    query_maps, key_maps = query_maps.astype(q.dtype), key_maps.astype(k.dtype)
+    if one_cpu():
+        chunk = _chunk_on_cpu(q.shape[1])
+        return attend_mapped_by_head(q, k, v, heads, kv, query_maps, key_maps, scale, sliding_window, chunk)
+    kept_q = jnp.einsum("bthk,hkw->bthw", q[:, :, heads], query_maps)
+    kept_k = jnp.einsum("bthk,hkw->bthw", k[:, :, kv], key_maps)
+    return attend_causally(kept_q, kept_k, v[:, :, kv], tuple(range(len(heads))), scale, sliding_window)
+
+
+def _chunk_on_cpu(seq: int) -> int:
+    """Queries whose scores stay in the cache."""
+    return max(256, -(-seq // 8))
 
 
 def fused_kernel(q: Array, v: Array) -> bool:

@@ -7,14 +7,14 @@ gradient computes the scores again instead of reading them from memory (as Flash
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 LANES = 16
 """Columns of a vector. A product with 50 columns takes XLA longer than one with 64, so they are filled up."""
@@ -53,16 +53,53 @@ def attend_by_head(
 
 def _forward(q, k, v, query_to_kv, scale, sliding_window, chunk):
     keys, values, index = _heads_first(k).swapaxes(1, 2), _heads_first(v), _key_value_rows(len(q), query_to_kv)
-    width = v.shape[3]
-    # Filled up with ones, the product with the values sums the weights as well; below float32 it would round the sums.
-    values, summed = _filled(values, 1.0), width % LANES > 0 and v.dtype == jnp.float32
+    one_head = _head_attention(values, scale, sliding_window, chunk)
+    y, log_sums = jax.lax.map(lambda given: one_head(given[0], keys[given[1]], given[1]), (_heads_first(q), index))
+    y = _heads_last(y, len(q))
+    return y, (q, k, v, y, log_sums)
 
-    def one_head(given: tuple[Array, Array]) -> tuple[Array, Array]:
-        queries, row = given
-        head_keys, head_values = keys[row], values[row]
+
+def attend_mapped_by_head(
+    q: Float[Array, "batch seq heads qk"],
+    k: Float[Array, "batch seq kv qk"],
+    v: Float[Array, "batch seq kv v"],
+    heads: Int[Array, " kept"],
+    kv: Int[Array, " kept"],
+    query_maps: Float[Array, "kept qk width"],
+    key_maps: Float[Array, "kept qk width"],
+    scale: float,
+    sliding_window: int | None,
+    chunk: int,
+) -> Float[Array, "batch seq kept v"]:
+    """`attend_by_head` with some heads, whose queries and keys go through a map each while they are in the cache."""
+    queries, keys, values = _heads_first(q), _heads_first(k), _heads_first(v)
+    one_head = _head_attention(values, scale, sliding_window, chunk)
+
+    def mapped(given: tuple[Array, ...]) -> Array:
+        of_query, of_kv, number = given
+        return one_head(queries[of_query] @ query_maps[number], (keys[of_kv] @ key_maps[number]).T, of_kv)[0]
+
+    sequence = np.arange(len(q), dtype=np.int32)[:, None]
+    numbers = np.broadcast_to(np.arange(len(heads), dtype=np.int32), (len(q), len(heads)))
+    rows = (sequence * q.shape[2] + heads[None], sequence * k.shape[2] + kv[None], jnp.asarray(numbers))
+    return _heads_last(jax.lax.map(mapped, tuple(row.reshape(-1) for row in rows)), len(q))
+
+
+def _head_attention(
+    values: Float[Array, "batch_kv seq v"], scale: float, sliding_window: int | None, chunk: int
+) -> Callable[[Array, Array, Array], tuple[Array, Array]]:
+    """What maps queries [seq, qk], keys [qk, seq] and the row of the values to outputs [seq, v] and [seq, 1]: the
+    logarithms of the sums of exponentials.
+    """
+    width = values.shape[2]
+    # Filled up with ones, the product with the values sums the weights as well; below float32 it would round the sums.
+    filled, summed = _filled(values, 1.0), width % LANES > 0 and values.dtype == jnp.float32
+
+    def one_head(queries: Array, keys: Array, row: Array) -> tuple[Array, Array]:
+        head_values = filled[row]
         outputs, sums = [], []
         for rows, seen, visible in _chunks(len(queries), chunk, sliding_window):
-            scores = _scores(queries[rows], head_keys[:, seen], visible, scale)
+            scores = _scores(queries[rows], keys[:, seen], visible, scale)
             most = scores.max(1, keepdims=True)
             weights = jnp.exp(scores - most)
             mixed = (weights.astype(values.dtype) @ head_values[seen]).astype(jnp.float32)
@@ -71,9 +108,7 @@ def _forward(q, k, v, query_to_kv, scale, sliding_window, chunk):
             sums.append(most + jnp.log(total))
         return jnp.concatenate(outputs), jnp.concatenate(sums)
 
-    y, log_sums = jax.lax.map(one_head, (_heads_first(q), index))
-    y = _heads_last(y, len(q))
-    return y, (q, k, v, y, log_sums)
+    return one_head
 
 
 def _backward(query_to_kv, scale, sliding_window, chunk, saved, cotangent):

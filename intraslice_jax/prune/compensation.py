@@ -40,12 +40,36 @@ def ridge(
         damping: relative to the mean of the Gram matrix's diagonal.
         sums: given, the map is affine and its offset absorbs the means.
     """
-    if sums is not None:
-        gram = centred(gram, sums.inputs, sums.inputs, sums.tokens)
-        cross = centred(cross, sums.inputs, sums.targets, sums.tokens)
+    gram, cross = _about_means(gram, cross, sums)
     weights, indefinite = solve_gram(damped(gram, damping), cross)
     offset = None if sums is None else (sums.targets - sums.inputs @ weights) / sums.tokens
     return Compensation(weights, offset, indefinite)
+
+
+def _about_means(gram: Array, cross: Array, sums: Sums | None) -> tuple[Array, Array]:
+    if sums is None:
+        return gram, cross
+    n, inputs = sums.tokens, sums.inputs
+    return centred(gram, inputs, inputs, n), centred(cross, inputs, sums.targets, n)
+
+
+def missed_squares(
+    fit: Compensation,
+    gram: Float[Array, "inputs inputs"],
+    cross: Float[Array, "inputs targets"],
+    target_squares: Float[Array, ""],
+    damping: Number,
+    sums: Sums | None = None,
+) -> Float[Array, ""]:
+    """||inputs A + offset - targets||^2 over the tokens that `ridge` has fitted the map on with the same arguments.
+
+    By the normal equations A^T (G + d) A = A^T cross it takes no product with the Gram matrix G.
+    """
+    gram, cross = _about_means(gram, cross, sums)
+    if sums is not None:
+        target_squares = target_squares - jnp.sum(sums.targets**2) / sums.tokens
+    ridge_term = damping * jnp.mean(jnp.diagonal(gram)) * fit.weights
+    return jnp.maximum(target_squares - jnp.sum(fit.weights * (cross + ridge_term)), 0)
 
 
 def relative_error(

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from intraslice_jax.calibrate.statistics import DriftMoments, GramMoments, MapMoments
 from intraslice_jax.programs import by_shape
-from intraslice_jax.prune.compensation import Compensation, Sums, relative_error, ridge
+from intraslice_jax.prune.compensation import Compensation, Sums, missed_squares, relative_error, ridge
 from intraslice_jax.prune.dense_targets import Regression, correction, strength_note
 from intraslice_jax.prune.drift import Drift
 from intraslice_jax.prune.elimination import eliminate_channels, inverse_moment
@@ -108,11 +108,9 @@ def _fold(
     fit = ridge(inputs, cross, damping, sums)
     new = {"down_proj": stay + fit.weights}
     given = jnp.sum(lost * (gram[dropped[:, None], dropped] @ lost))
-    error = given + jnp.sum(fit.weights * (inputs @ fit.weights - 2 * cross))
-    if sums is not None and bias is not None and fit.offset is not None:
+    error = missed_squares(fit, inputs, cross, given, damping, sums)
+    if bias is not None and fit.offset is not None:
         new["down_bias"] = bias + fit.offset
-        missed = sums.inputs @ fit.weights - sums.targets
-        error += jnp.sum(fit.offset * (2 * missed + sums.tokens * fit.offset))
     energy = given + jnp.sum(stay * (inputs @ stay + 2 * cross))
     strength = None
     if drift is not None:
@@ -123,7 +121,7 @@ def _fold(
         if added.offset is not None:
             new["down_bias"] = new["down_bias"] + added.offset
         strength = added.strength
-    return new, jnp.maximum(error, 0) / jnp.maximum(energy, 1e-30), fit.indefinite, strength
+    return new, error / jnp.maximum(energy, 1e-30), fit.indefinite, strength
 
 
 def _regression(

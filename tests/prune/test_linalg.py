@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from intraslice_jax.prune import attention, pairs
 from intraslice_jax.prune.baselines import obs
-from intraslice_jax.prune.compensation import Compensation, Sums, relative_error, ridge
+from intraslice_jax.prune.compensation import Compensation, Sums, missed_squares, relative_error, ridge
 from intraslice_jax.prune.linalg import (
     centred,
     damped,
@@ -56,6 +56,19 @@ def test_ridge_is_least_squares_with_damping_rows(damping, affine):
         np.testing.assert_allclose(np.asarray(fit.offset), offset, rtol=1e-9, atol=1e-11)
     else:
         assert fit.offset is None
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.01, 3.0])
+@pytest.mark.parametrize("affine", [False, True])
+def test_missed_squares_are_those_of_the_residual(damping, affine):
+    x, y = activations(offset=2.0)
+    x[:, 3] = x[:, 2] if damping == 0 else x[:, 3]  # a singular Gram matrix goes through the eigendecomposition
+    gram, cross, sums = moments(x, y)
+    about = sums if affine else None
+    fit = ridge(gram, cross, damping, about)
+    residual = x @ np.asarray(fit.weights) + (0 if fit.offset is None else np.asarray(fit.offset)) - y
+    found = missed_squares(fit, gram, cross, jnp.asarray(np.sum(y**2)), damping, about)
+    assert found == pytest.approx(np.sum(residual**2), rel=1e-8)
 
 
 @pytest.mark.parametrize("affine", [False, True])
