@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from intraslice_jax.calibrate.lanes import in_lanes, lanes
+from intraslice_jax.calibrate.token_blocks import by_token_blocks
 from intraslice_jax.config import ModelConfig
 from intraslice_jax.errors import RunError
 from intraslice_jax.evaluate.perplexity import first_bad_layer
@@ -28,7 +29,6 @@ from intraslice_jax.models.attention_by_head import one_cpu
 from intraslice_jax.models.decoder import Block, Decoder
 from intraslice_jax.models.head import token_nll
 from intraslice_jax.models.rope import RopeTable
-from intraslice_jax.models.token_blocks import by_token_blocks
 from intraslice_jax.parallel.batches import even_batch
 from intraslice_jax.parallel.mesh import ways
 from intraslice_jax.parallel.placement import gathered, mesh_of, put_batch, to_host
@@ -336,7 +336,7 @@ def _forward(
     wide = y.astype(jnp.float32).swapaxes(1, 2)
     gram = jnp.einsum("bhtv,bhtw->bhvw", wide, wide, precision=jax.lax.Precision.HIGHEST)
     after_attention = x + block.attention.output(y)
-    return after_attention + block.mlp(block.mlp_input(x, after_attention)), gram
+    return after_attention + by_token_blocks(block.mlp, block.mlp_input(x, after_attention)), gram
 
 
 def _loss_gradient(decoder: Decoder, x: Array, tokens: Array) -> tuple[Array, Array]:
@@ -379,7 +379,9 @@ def _masked(block: Block, rope: RopeTable, x: Array, masks: _Masks) -> Array:
         z = block.mlp.inner(read)
         return block.mlp.output((z.astype(jnp.float32) * mask[:, None]).astype(z.dtype))
 
-    return after_attention + by_token_blocks(masked_mlp, block.mlp_input(x, after_attention), masks.mlp)
+    # Small blocks: a gradient has more to keep in the cache.
+    read = block.mlp_input(x, after_attention)
+    return after_attention + by_token_blocks(masked_mlp, read, masks.mlp, most=256)
 
 
 def automatic_batch(config: ModelConfig, seq: int, matrices: bool, memory_budget: int) -> int:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from intraslice_jax.calibrate.token_blocks import by_token_blocks
 from intraslice_jax.config import LayerShape
 from intraslice_jax.models.attention import Attention, attend_mapped
 from intraslice_jax.models.decoder import Block
@@ -236,7 +237,7 @@ def finish_layer(
     source: Float[Array, "batch seq hidden"] | None,
 ) -> Float[Array, "batch seq hidden"]:
     """The residual stream behind a layer, given it behind the layer's attention."""
-    return after_attention + block.mlp(block.mlp_input(source, after_attention))
+    return after_attention + by_token_blocks(block.mlp, block.mlp_input(source, after_attention))
 
 
 @by_shape
@@ -334,7 +335,7 @@ def attend_and_add_mlp(
         The accumulator, the residual stream behind the attention, and the down-projection's input.
     """
     after_attention = x + block.attention(block.input_norm(x), rope)
-    inner = block.mlp.inner(block.mlp_input(x, after_attention))
+    inner = by_token_blocks(block.mlp.inner, block.mlp_input(x, after_attention))
     return _add_gram(moments, inner, weights), after_attention, inner
 
 
@@ -343,7 +344,7 @@ def add_mlp(
     moments: GramMoments, norm: Norm, mlp: MLP, x: Float[Array, "batch seq hidden"], weights: Weights = None
 ) -> tuple[GramMoments, Float[Array, "batch seq inner"]]:
     """Adds the moments of the down-projection's input, and returns that, given what the MLP's norm reads."""
-    inner = mlp.inner(norm(x))
+    inner = by_token_blocks(mlp.inner, norm(x))
     return _add_gram(moments, inner, weights), inner
 
 
@@ -362,5 +363,7 @@ def add_mlp_map(
     x: Float[Array, "batch seq hidden"],
 ) -> MapMoments:
     """Adds a batch of what an MLP reads: inputs are a small MLP's inner activations, targets the dense one's."""
-    kept, full = (inner_activations(hidden_act, weights, x) for weights in (small, dense))
+    kept, full = (
+        by_token_blocks(functools.partial(inner_activations, hidden_act, weights), x) for weights in (small, dense)
+    )
     return _add_pair(moments, kept, full)

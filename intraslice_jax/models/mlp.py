@@ -12,7 +12,6 @@ from jaxtyping import Array, Float
 from intraslice_jax.config import LayerShape, ModelConfig
 from intraslice_jax.errors import InputError
 from intraslice_jax.models.initialise import normal, optional_zeros
-from intraslice_jax.models.token_blocks import by_token_blocks
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -60,7 +59,7 @@ class MLP(nnx.Module):
         return y if self.down_bias is None else y + self.down_bias[...][None, None]
 
     def __call__(self, x: Float[Array, "batch seq hidden"]) -> Float[Array, "batch seq hidden"]:
-        return by_token_blocks(lambda block: self.output(self.inner(block)), x)
+        return self.output(self.inner(x))
 
 
 def inner_activations(
@@ -69,11 +68,8 @@ def inner_activations(
     """act(x W_gate) * (x W_up), or act(x W_up) where there is no `gate_proj` among the weights."""
     act = ACTIVATIONS[hidden_act]
 
-    def project(name: str, x: Array) -> Array:
+    def project(name: str) -> Array:
         y = jnp.einsum("btd,df->btf", x, weights[f"{name}_proj"])
         return y + weights[f"{name}_bias"][None, None] if f"{name}_bias" in weights else y
 
-    def one_block(x: Array) -> Array:
-        return act(project("gate", x)) * project("up", x) if "gate_proj" in weights else act(project("up", x))
-
-    return by_token_blocks(one_block, x)
+    return act(project("gate")) * project("up") if "gate_proj" in weights else act(project("up"))
