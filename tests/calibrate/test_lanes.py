@@ -1,5 +1,6 @@
 """Two batches at once: order, threads, settings, errors, and the same results as one after the other."""
 
+import dataclasses
 import threading
 
 import jax
@@ -12,6 +13,7 @@ from intraslice_jax.calibrate.gradients import group_gradients
 from intraslice_jax.calibrate.lanes import in_lanes
 from intraslice_jax.config import PruneConfig
 from intraslice_jax.models.decoder import decoder_to_arrays
+from intraslice_jax.models.streamed import StreamedDecoder, StreamedLayers
 from intraslice_jax.parallel.mesh import make_mesh
 from intraslice_jax.prune.pipeline import prune_model
 from tests.prune.flavours import make
@@ -76,6 +78,17 @@ def test_gradients_are_those_of_one_lane(monkeypatch):
             (ours.attention, ours.mlp, ours.matrices, ours.head_gram, ours.loss),
             (plain.attention, plain.mlp, plain.matrices, plain.head_gram, plain.loss),
         )
+
+
+def test_gradients_fetch_a_streamed_layer_once_for_both_lanes(monkeypatch):
+    model = make("gqa", layers=4)
+    streamed = dataclasses.replace(model, decoder=StreamedDecoder(model.config, decoder_to_arrays(model.decoder)))
+    fetched, fetch = [], StreamedLayers._fetch
+    monkeypatch.setattr(StreamedLayers, "_fetch", lambda self, index: fetched.append(index) or fetch(self, index))
+    (ours,) = group_gradients(streamed, WINDOWS[:4], group=4, batch_size=4)
+    assert sorted(fetched) == [0, 0, 1, 1, 2, 2, 3, 3]  # forward and backward
+    (plain,) = group_gradients(model, WINDOWS[:4], group=4, batch_size=4)
+    jax.tree.map(np.testing.assert_array_equal, ours.mlp, plain.mlp)
 
 
 @pytest.mark.parametrize("changes", [{}, {"batch_size": 2}, {"memory_budget": 1}, {"dense_targets": 0.5}])

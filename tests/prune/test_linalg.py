@@ -62,10 +62,11 @@ def test_ridge_is_least_squares_with_damping_rows(damping, affine):
 @pytest.mark.parametrize("affine", [False, True])
 def test_missed_squares_are_those_of_the_residual(damping, affine):
     x, y = activations(offset=2.0)
-    x[:, 3] = x[:, 2] if damping == 0 else x[:, 3]  # a singular Gram matrix goes through the eigendecomposition
+    x[:, 3] *= damping > 0  # a dead channel makes the Gram matrix singular: the eigendecomposition solves it
     gram, cross, sums = moments(x, y)
     about = sums if affine else None
     fit = ridge(gram, cross, damping, about)
+    assert bool(fit.indefinite) == (damping == 0)
     residual = x @ np.asarray(fit.weights) + (0 if fit.offset is None else np.asarray(fit.offset)) - y
     found = missed_squares(fit, gram, cross, jnp.asarray(np.sum(y**2)), damping, about)
     assert found == pytest.approx(np.sum(residual**2), rel=1e-8)
