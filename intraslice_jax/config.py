@@ -227,6 +227,9 @@ class CalibrationConfig:
 ALIGNMENTS = {"cpu": 8, "gpu": 64, "tpu": 128}
 """What YAML and the command line may write for `align`: tiles of the matrix units."""
 
+HEAD_ALIGNMENTS = {"cpu": 16, "gpu": 64, "tpu": 128}
+"""The same for `head_align`: widths that kernels of attention do not fill up."""
+
 
 @dataclass(frozen=True)
 class PruneConfig:
@@ -246,6 +249,8 @@ class PruneConfig:
         layout: `ragged` lets every layer have its own heads and widths; `uniform` gives all layers the same numbers of
             heads, RoPE pairs and widths, so that the export is a smaller stock model.
         align: MLP widths are multiples of this: a number, or `cpu` (8), `gpu` (64) or `tpu` (128).
+        head_align: widths of heads are multiples of this, or the full width: an even number, `cpu` (16), `gpu` (64) or
+            `tpu` (128). The paper's is 2; in time a head costs what the next multiple of these costs.
         damping: added to the diagonal of a Gram matrix, times its mean diagonal.
         iterative: learned mixtures of MLP channels: `never`, `always`, or `auto` for MLPs that keep few channels.
         selection: how MLP channels are chosen: `energy` (the paper's) by their own share of the output, `obs` one by
@@ -282,6 +287,7 @@ class PruneConfig:
     grouping: Literal["ragged", "uniform"] = "ragged"
     layout: Literal["ragged", "uniform"] = "ragged"
     align: int = field(default=8, metadata={"names": ALIGNMENTS})
+    head_align: int = field(default=2, metadata={"names": HEAD_ALIGNMENTS})
     damping: float = 0.01
     iterative: Literal["never", "auto", "always"] = "auto"
     selection: Literal["energy", "obs"] = "energy"
@@ -304,6 +310,8 @@ class PruneConfig:
             raise InputError(f"damping must be 0 or more, found {self.damping}; 0.01 is the paper's")
         if self.align < 1:
             raise InputError(f"align must be at least 1, found {self.align}")
+        if self.head_align < 2 or self.head_align % 2:
+            raise InputError(f"head_align must be even and at least 2, found {self.head_align}")
         if not 0 < self.max_ratio <= 1:
             raise InputError(f"max_ratio must be above 0 and at most 1, found {self.max_ratio}")
         if not 0 <= self.kind_bias < float("inf"):

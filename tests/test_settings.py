@@ -131,6 +131,13 @@ def test_alignments_have_names(tmp_path, given, expected):
         assert _parse([*words, *flag], find_commands())[1].prune.align == expected
 
 
+def test_alignments_of_heads_have_names(tmp_path):
+    (tmp_path / "c.yaml").write_text("head_align: cpu")
+    assert load_settings(tmp_path / "c.yaml", find_commands()["prune"].Options)["prune"].head_align == 16
+    words = ["prune", "m", "-o", "out", "--head-align"]
+    assert _parse([*words, "gpu"], find_commands())[1].prune.head_align == 64
+
+
 def test_an_unknown_alignment(tmp_path):
     with pytest.raises(InputError, match="align"):
         _parse(["prune", "m", "-o", "out", "--align", "npu"], find_commands())

@@ -6,7 +6,7 @@ import dataclasses
 
 from intraslice_jax.config import LayerShape, ModelConfig, PruneConfig
 from intraslice_jax.prune.allocation import allocate_evenly
-from intraslice_jax.prune.attention import AttentionPlan, even_width, plan_widths
+from intraslice_jax.prune.attention import AttentionPlan, aligned_widths, plan_widths
 from intraslice_jax.prune.budget import Ledger
 
 
@@ -20,17 +20,18 @@ def typical(config: ModelConfig, prune: PruneConfig) -> ModelConfig:
     ledger = Ledger(config, ratios, prune.align, prune.max_ratio)
     shapes = []
     for i, shape in enumerate(config.layers):
-        attention = _attention(shape, ratios.attention[i])
+        attention = _attention(shape, ratios.attention[i], prune.head_align)
         ledger.attention_done(i, attention)
         shapes.append(dataclasses.replace(attention, intermediate_size=ledger.mlp_width(i)))
     return config.with_layers(tuple(shapes))
 
 
-def _attention(shape: LayerShape, ratio: float) -> LayerShape:
+def _attention(shape: LayerShape, ratio: float, align: int) -> LayerShape:
     full, heads = shape.v_head_dim, shape.num_attention_heads
-    kept = heads * full - round(heads * full * ratio)
-    count = next((n for n in range(heads, 1, -1) if kept // n >= 0.75 * full), 1)
-    width = even_width(kept, count, full)
+    kept, widths = heads * full - round(heads * full * ratio), aligned_widths(full, align)
+    least = next(width for width in widths if width >= 0.75 * full)
+    count = next((n for n in range(heads, 1, -1) if kept // n >= least), 1)
+    width = min(widths, key=lambda w: (abs(w - kept / count), -w))
     # The first heads of every group: all KV heads stay while they can.
     place = [shape.query_to_kv[:h].count(kv) for h, kv in enumerate(shape.query_to_kv)]
     stay = sorted(sorted(range(heads), key=lambda h: (place[h], h))[:count])

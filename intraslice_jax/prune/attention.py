@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast
 
@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from intraslice_jax.calibrate.statistics import AttentionMoments, DriftMoments, MapMoments
 from intraslice_jax.config import LayerShape
 from intraslice_jax.programs import by_shape
-from intraslice_jax.prune.compensation import Sums, relative_error, ridge
+from intraslice_jax.prune.compensation import Sums, missed_squares, ridge
 from intraslice_jax.prune.dense_targets import Regression, correction, strength_note
 from intraslice_jax.prune.drift import Drift
 from intraslice_jax.prune.linalg import (
@@ -26,8 +26,10 @@ from intraslice_jax.prune.linalg import (
     each,
     eigh_descending,
     inverse_gram,
+    on_solver,
     solver_name,
     to_solver,
+    widened,
 )
 from intraslice_jax.prune.method import PrunedAttention
 from intraslice_jax.prune.pairs import contribution_gram, eliminate_pairs
@@ -141,6 +143,11 @@ def plan_heads(energies: HeadEnergies, kept_channels: int) -> tuple[np.ndarray, 
 def even_width(kept_channels: int, heads: int, full: int) -> int:
     """The even width nearest to an equal share of the channels, of two equally near ones the wider."""
     return max(2, min(2 * math.floor(kept_channels / heads / 2 + 0.5), full))
+
+
+def aligned_widths(full: int, align: int) -> list[int]:
+    """The widths that a head may get: multiples of `align` below the full width, and that, ascending."""
+    return [*range(align, full, align), full]
 
 
 def plan_widths(width: int, shape: LayerShape) -> tuple[int, int]:
@@ -338,11 +345,11 @@ def fuse_attention(
     weights = {name: np.asarray(array) for name, array in arrays.items() if name != "rope_pairs"}
     projections = {name: array[..., rows[name[0]], :] for name, array in weights.items() if name[0] in rows}
     new, from_kept, error, indefinite, strength = _fuse(
-        {name: to_solver(array) for name, array in projections.items()},
-        {name: to_solver(array) for name, array in weights.items() if name[0] == "o"},
-        MapMoments(*map(to_solver, moments)),
-        to_solver(maps.query),
-        to_solver(maps.key),
+        {name: on_solver(array) for name, array in projections.items()},
+        {name: on_solver(array) for name, array in weights.items() if name[0] == "o"},
+        MapMoments(*map(on_solver, moments)),
+        on_solver(maps.query),
+        on_solver(maps.key),
         np.asarray(plan.local_query_to_kv),
         float(tokens),
         damping,
@@ -392,39 +399,40 @@ def _fuse(
         drift: of y' against the module's drift from the dense model.
         dense_targets: the largest strength.
     """
+    projections, output, moments, query_maps, key_maps = widened((projections, output, moments, query_maps, key_maps))
     heads, kv_heads = len(to_kv), len(key_maps)
-    sums = None
-    if "o_bias" in output:
-        sums = Sums(moments.input_sum, moments.target_sum, tokens)
     o_proj = output["o_proj"].reshape(-1, output["o_proj"].shape[-1])
+    cross, sums = moments.cross @ o_proj, None  # of y' and the output: the map is fitted onto that, not onto y
+    if "o_bias" in output:
+        sums = Sums(moments.input_sum, moments.target_sum @ o_proj, tokens)
     if value_basis == "activations":
         bases = value_bases(sum_groups(head_blocks(moments.gram, heads), to_kv, kv_heads), v_width)
     else:
-        full = ridge(moments.gram, moments.cross, damping, sums)
+        full = ridge(moments.gram, cross, damping, sums)
         bases = effective_bases(
             unexplained_blocks(
                 moments.gram if sums is None else centred(moments.gram, sums.inputs, sums.inputs, sums.tokens),
                 heads,
                 damping,
             ),
-            (full.weights @ o_proj).reshape(heads, -1, o_proj.shape[-1]),
+            full.weights.reshape(heads, -1, o_proj.shape[-1]),
             to_kv,
             kv_heads,
             v_width,
         )
-    rotation = _block_diagonal(bases[to_kv])
-    gram, cross = rotation.T @ moments.gram @ rotation, rotation.T @ moments.cross
+    rotated = functools.partial(_rotated, bases[to_kv])
+    gram, cross = rotated(rotated(moments.gram).T), rotated(cross)
     if sums is not None:
-        sums = sums._replace(inputs=sums.inputs @ rotation)
+        sums = sums._replace(inputs=rotated(sums.inputs))
     fit = ridge(gram, cross, damping, sums)
-    error = relative_error(fit, gram, cross, moments.target_gram, o_proj, sums)
+    energy = jnp.sum(o_proj * (moments.target_gram @ o_proj))
+    error = missed_squares(fit, gram, cross, energy, damping, sums) / jnp.maximum(energy, 1e-30)
 
-    output_map = fit.weights @ o_proj
-    added = None
+    output_map, added = fit.weights, None
     if drift is not None:
         held = cast(MapMoments, drift.held_plain)
         pairs = ((moments, drift.whole), (held, drift.held))
-        whole, apart = (_regression(plain, extra, rotation, o_proj) for plain, extra in pairs)
+        whole, apart = (_regression(plain, extra, rotated, o_proj) for plain, extra in pairs)
         added = correction(whole, apart, damping, dense_targets, sums is not None)
         output_map = output_map + added.weights
     new = {"o_proj": output_map.reshape(heads, v_width, -1)}
@@ -433,7 +441,7 @@ def _fuse(
         if f"{name}_bias" in projections:
             new[f"{name}_bias"] = jnp.einsum("hk,hkw->hw", projections[f"{name}_bias"], head_maps)
     if fit.offset is not None:
-        new["o_bias"] = output["o_bias"] + fit.offset @ o_proj
+        new["o_bias"] = output["o_bias"] + fit.offset
         if added is not None and added.offset is not None:
             new["o_bias"] = new["o_bias"] + added.offset
     from_kept = jnp.einsum("hvw,hwd->hvd", bases[to_kv], new["o_proj"])
@@ -443,23 +451,23 @@ def _fuse(
 def _regression(
     plain: MapMoments,
     drift: DriftMoments,
-    rotation: Float[Array, "inputs outputs"],
+    rotated: Callable[[Array], Array],
     o_proj: Float[Array, "targets hidden"],
 ) -> Regression:
     """Of the rotated y' on the output."""
     return Regression(
-        rotation.T @ plain.gram @ rotation,
-        rotation.T @ plain.cross @ o_proj,
-        rotation.T @ drift.cross,
-        plain.input_sum @ rotation,
+        rotated(rotated(plain.gram).T),
+        rotated(plain.cross @ o_proj),
+        rotated(drift.cross),
+        rotated(plain.input_sum),
         plain.target_sum @ o_proj,
         drift.drift_sum,
         drift.tokens[0],
     )
 
 
-def _block_diagonal(blocks: Float[Array, "heads v width"]) -> Float[Array, "inputs outputs"]:
-    heads, v, width = blocks.shape
-    full = jnp.zeros((heads, v, heads, width), blocks.dtype)
-    full = full.at[jnp.arange(heads), :, jnp.arange(heads)].set(blocks)
-    return full.reshape(heads * v, heads * width)
+def _rotated(bases: Float[Array, "heads v width"], rows: Float[Array, "inputs ..."]) -> Float[Array, "outputs ..."]:
+    """Rows that belong to the channels of heads side by side, in each head's basis."""
+    heads, v, _ = bases.shape
+    parts = jnp.einsum("hvw,hv...->hw...", bases, rows.reshape(heads, v, *rows.shape[1:]))
+    return parts.reshape(-1, *rows.shape[1:])

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from intraslice_jax.errors import InputError
-from intraslice_jax.prune.attention import HeadEnergies, even_width, plan_heads
+from intraslice_jax.prune.attention import HeadEnergies, aligned_widths, even_width, plan_heads
 
 Grouping = Literal["ragged", "uniform"]
 
@@ -21,6 +21,7 @@ def choose_heads(
     grouping: Grouping,
     cost: Callable[[np.ndarray, int], int],
     allowed: tuple[int, int],
+    align: int = 2,
 ) -> tuple[Int[np.ndarray, " kept"], int]:
     """Heads and their common even width: the usual plan if its cost is allowed, else the best one that is.
 
@@ -32,11 +33,14 @@ def choose_heads(
         cost: parameters of an attention with these heads of this width.
         allowed: the least and the greatest cost (`Ledger.attention_range`). If no plan lies between them, the
             next greater one is taken.
+        align: widths are multiples of this, or the full width.
 
     Returns:
         Ascending head indices and the width.
     """
-    if grouping == "uniform":
+    if align > 2:
+        heads, width = plan_aligned_heads(energies, kept_channels, query_to_kv, grouping, align)
+    elif grouping == "uniform":
         heads, width = plan_grouped_heads(energies, kept_channels, query_to_kv)
     else:
         heads, width = plan_heads(energies, kept_channels)
@@ -49,8 +53,8 @@ def choose_heads(
         return max(low - parameters, 0), max(parameters - high, 0), -float(energies.of(*plan).sum())
 
     full = energies.channel_scores.shape[1]
-    candidates = _grouped(energies, query_to_kv) if grouping == "uniform" else _nested(energies)
-    widths = [*range(2, full, 2), full]
+    candidates = _candidates(energies, query_to_kv, grouping)
+    widths = aligned_widths(full, align)
     return min(((heads, width) for heads in candidates for width in widths), key=rating)
 
 
@@ -76,6 +80,34 @@ def plan_grouped_heads(
     return best, even_width(kept_channels, len(best), full)
 
 
+def plan_aligned_heads(
+    energies: HeadEnergies, kept_channels: int, query_to_kv: Sequence[int], grouping: Grouping, align: int
+) -> tuple[Int[np.ndarray, " kept"], int]:
+    """`plan_heads` for widths that are multiples of `align`, which meet the budget only nearly.
+
+    Of the widths from 3/4 on, the one with the greatest energy when the budget is met with a part of a head, and as
+    many heads of it as come nearest to the budget.
+
+    Returns:
+        Ascending head indices and the width.
+    """
+    full = energies.channel_scores.shape[1]
+    kept_channels = max(2, min(kept_channels, energies.channel_scores.size))
+    every = np.argsort(-energies.total, kind="stable")
+    least = min(0.75 * full, kept_channels)  # a single head may be narrower
+
+    def energy(width: int) -> float:
+        sums = np.concatenate([[0.0], np.cumsum(energies.of(every, width))])
+        return float(np.interp(kept_channels / width, np.arange(len(sums)), sums))
+
+    width = max((w for w in aligned_widths(full, align) if w >= least), key=energy)
+
+    def rating(heads: np.ndarray) -> tuple[int, float]:
+        return abs(len(heads) * width - kept_channels), -float(energies.of(heads, width).sum())
+
+    return min(_candidates(energies, query_to_kv, grouping), key=rating), width
+
+
 def head_counts(query_to_kv: Sequence[int], grouping: Grouping) -> list[int]:
     """The numbers of query heads that a layer may keep, ascending."""
     if grouping == "ragged":
@@ -93,11 +125,14 @@ def strongest_heads(
     Raises:
         InputError: the grouping does not allow that number.
     """
-    candidates = _grouped(energies, query_to_kv) if grouping == "uniform" else _nested(energies)
-    fitting = [heads for heads in candidates if len(heads) == count]
+    fitting = [heads for heads in _candidates(energies, query_to_kv, grouping) if len(heads) == count]
     if not fitting:
         raise InputError(f"an attention of {len(query_to_kv)} heads cannot keep {count} with grouping {grouping}")
     return max(fitting, key=lambda heads: energies.total[heads].sum())
+
+
+def _candidates(energies: HeadEnergies, query_to_kv: Sequence[int], grouping: Grouping) -> Iterator[np.ndarray]:
+    return _grouped(energies, query_to_kv) if grouping == "uniform" else _nested(energies)
 
 
 def _nested(energies: HeadEnergies) -> Iterator[np.ndarray]:

@@ -64,7 +64,9 @@ class IntraSlice:
             heads = strongest_heads(energies, widths.num_attention_heads, shape.query_to_kv, config.grouping)
             plan = plan_for(heads, widths.qk_head_dim, widths.v_head_dim)
         else:
-            plan = plan_for(*choose_heads(energies, budget, shape.query_to_kv, config.grouping, cost, allowed))
+            plan = plan_for(
+                *choose_heads(energies, budget, shape.query_to_kv, config.grouping, cost, allowed, config.head_align)
+            )
         if plan.keeps_all(shape):
             return PrunedAttention(arrays, shape, plan.heads, 0.0, {"solver": "none"})  # the ridge would still damp it
         with solver_precision():

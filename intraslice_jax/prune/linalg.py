@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,8 @@ from jaxtyping import Array, Bool, Float
 
 Number = float | int | Float[Array, ""]
 """A scalar, perhaps traced."""
+
+Arrays = TypeVar("Arrays")
 
 
 class Solution(NamedTuple):
@@ -37,9 +39,24 @@ def _solver_device() -> Any:
 def to_solver(array: Array | np.ndarray) -> Float[Array, "..."]:
     """A copy in the solver's dtype and on its device; call it inside `solver_precision`."""
     device = _solver_device()
-    if device.platform != "cpu" and isinstance(array, jax.Array) and array.devices() == {device}:
+    if device.platform != "cpu" and _lies_on(array, device):
         return jnp.array(array, jnp.float64)  # large moments need not go through the host
     return jax.device_put(np.asarray(array).astype(np.float64), device)  # NumPy has no programs to compile
+
+
+def on_solver(array: Array | np.ndarray) -> Float[Array, "..."]:
+    """As it is, on the solver's device, for functions that widen only what they need of it."""
+    device = _solver_device()
+    return cast(Array, array) if _lies_on(array, device) else jax.device_put(np.asarray(array), device)
+
+
+def _lies_on(array: Array | np.ndarray, device: Any) -> bool:
+    return isinstance(array, jax.Array) and array.devices() == {device}
+
+
+def widened(arrays: Arrays) -> Arrays:
+    """A tree of arrays in the solver's dtype; call it inside a jitted function."""
+    return jax.tree.map(lambda array: array.astype(jnp.float64), arrays)
 
 
 def damped(gram: Float[Array, "n n"], damping: Number) -> Float[Array, "n n"]:

@@ -16,7 +16,7 @@ from intraslice_jax.prune.compensation import Compensation, Sums, missed_squares
 from intraslice_jax.prune.dense_targets import Regression, correction, strength_note
 from intraslice_jax.prune.drift import Drift
 from intraslice_jax.prune.elimination import eliminate_channels, inverse_moment
-from intraslice_jax.prune.linalg import solver_name, to_solver
+from intraslice_jax.prune.linalg import on_solver, solver_name, to_solver, widened
 from intraslice_jax.prune.method import PrunedMLP
 
 
@@ -72,8 +72,8 @@ def fuse_mlp(
             corrected.
         dense_targets: the largest strength of that correction.
     """
-    gram, total, down = to_solver(moments.gram), to_solver(moments.total), to_solver(arrays["down_proj"])
-    bias = to_solver(arrays["down_bias"]) if "down_bias" in arrays else None
+    gram, total, down = map(on_solver, (moments.gram, moments.total, arrays["down_proj"]))
+    bias = on_solver(arrays["down_bias"]) if "down_bias" in arrays else None
     dropped = np.setdiff1d(np.arange(len(down)), kept)
     new, error, indefinite, strength = _fold(
         gram, total, down, bias, kept, dropped, float(tokens), damping, jax.tree.map(to_solver, drift), dense_targets
@@ -101,13 +101,14 @@ def _fold(
 
     The last is the strength of the correction towards the dense model; the error is the one without it.
     """
+    total, down, bias = widened((total, down, bias))
     # The kept channels are known exactly; only what the dropped ones give to the output is predicted.
-    inputs, stay, lost = gram[kept[:, None], kept], down[kept], down[dropped]
-    cross = gram[kept[:, None], dropped] @ lost
+    inputs, stay, lost = _part(gram, kept, kept), down[kept], down[dropped]
+    cross = _part(gram, kept, dropped) @ lost
     sums = None if bias is None else Sums(total[kept], total[dropped] @ lost, tokens)
     fit = ridge(inputs, cross, damping, sums)
     new = {"down_proj": stay + fit.weights}
-    given = jnp.sum(lost * (gram[dropped[:, None], dropped] @ lost))
+    given = jnp.sum(lost * (_part(gram, dropped, dropped) @ lost))
     error = missed_squares(fit, inputs, cross, given, damping, sums)
     if bias is not None and fit.offset is not None:
         new["down_bias"] = bias + fit.offset
@@ -124,6 +125,11 @@ def _fold(
     return new, error / jnp.maximum(energy, 1e-30), fit.indefinite, strength
 
 
+def _part(gram: Float[Array, "inner inner"], rows: Int[Array, " n"], columns: Int[Array, " m"]) -> Float[Array, "n m"]:
+    """Some rows and columns, in the solver's dtype: widening the whole takes longer than a Cholesky of the part."""
+    return widened(gram[rows[:, None], columns])
+
+
 def _regression(
     plain: GramMoments,
     drift: DriftMoments,
@@ -133,8 +139,8 @@ def _regression(
 ) -> Regression:
     """Of the kept channels on what the dropped ones give to the output."""
     return Regression(
-        plain.gram[kept[:, None], kept],
-        plain.gram[kept[:, None], dropped] @ lost,
+        _part(plain.gram, kept, kept),
+        _part(plain.gram, kept, dropped) @ lost,
         drift.cross[kept],
         plain.total[kept],
         plain.total[dropped] @ lost,

@@ -198,13 +198,13 @@ def steps(now: LayerShape, full: LayerShape, config: PruneConfig) -> Trials:
     Args:
         now: the layer as it is pruned.
         full: the dense one.
-        config: its grouping, alignment and largest ratio.
+        config: its grouping, alignments and largest ratio.
     """
     here, attention = _widths(now), []
     for name, values in (
         ("num_attention_heads", head_counts(full.query_to_kv, config.grouping)),
-        ("qk_head_dim", _even_parts(full.qk_head_dim)),
-        ("v_head_dim", _even_parts(full.v_head_dim)),
+        ("qk_head_dim", _width_steps(full.qk_head_dim, config.head_align)),
+        ("v_head_dim", _width_steps(full.v_head_dim, config.head_align)),
     ):
         attention += [dataclasses.replace(here, **{name: value}) for value in _beside(values, getattr(here, name))]
     inner, align = full.intermediate_size, config.align
@@ -214,9 +214,10 @@ def steps(now: LayerShape, full: LayerShape, config: PruneConfig) -> Trials:
     return Trials(attention, _beside(channels, now.intermediate_size))
 
 
-def _even_parts(full: int) -> list[int]:
-    """Even widths in equal steps, and the full one."""
-    return sorted({full, *(2 * max(1, round(full * i / WIDTH_STEPS / 2)) for i in range(1, WIDTH_STEPS))})
+def _width_steps(full: int, align: int) -> list[int]:
+    """Multiples of `align` in equal steps, and the full width."""
+    parts = (align * max(1, round(full * i / WIDTH_STEPS / align)) for i in range(1, WIDTH_STEPS))
+    return sorted({full, *(width for width in parts if width < full)})
 
 
 def _beside(values: Sequence[int], now: int) -> list[int]:

@@ -13,7 +13,7 @@ from intraslice_jax.config import LayerShape, ModelConfig, PruneConfig
 from intraslice_jax.errors import InputError
 from intraslice_jax.model import LanguageModel
 from intraslice_jax.parallel.placement import gathered
-from intraslice_jax.prune.attention import AttentionPlan, HeadEnergies, even_width, plan_widths
+from intraslice_jax.prune.attention import AttentionPlan, HeadEnergies, aligned_widths, even_width, plan_widths
 from intraslice_jax.prune.budget import TOLERANCE, LayerRatios, narrowest
 from intraslice_jax.prune.calibration import AttentionCalibration, ResidualStream
 from intraslice_jax.prune.linalg import solver_precision
@@ -80,7 +80,7 @@ def plan_uniform_layout(
     shape = max(model.config.layers, key=lambda layer: layer.rotary_dim)
     channels = shape.num_attention_heads * shape.v_head_dim
     kept = channels - round(channels * ratios.attention[0])
-    kv_heads, group_size, width = common_heads(energies, shape, kept, model.config.hidden_size)
+    kv_heads, group_size, width = common_heads(energies, shape, kept, model.config.hidden_size, config.head_align)
     rotary, rest = plan_widths(width, shape)
     pairs = common_pairs(
         [
@@ -117,7 +117,7 @@ def unlike(config: PruneConfig) -> InputError:
 
 
 def common_heads(
-    energies: Sequence[HeadEnergies], shape: LayerShape, kept_channels: int, hidden_size: int
+    energies: Sequence[HeadEnergies], shape: LayerShape, kept_channels: int, hidden_size: int, align: int = 2
 ) -> tuple[int, int, int]:
     """Numbers of KV heads and of query heads in each, and the even width, of the greatest energy over all layers.
 
@@ -128,16 +128,31 @@ def common_heads(
     for kv_heads in range(1, shape.num_key_value_heads + 1):
         for group_size in range(1, max(shape.group_sizes) + 1):
             heads = kv_heads * group_size
-            width = min(kept_channels // heads, full)
-            if width < NARROWEST_HEAD * full or (hidden_size % heads and heads != all_heads):
+            width, affordable = common_width(kept_channels, heads, full, align), kept_channels // heads
+            if min(width, affordable) < NARROWEST_HEAD * full or width > affordable + 1:
+                continue
+            if hidden_size % heads and heads != all_heads:
                 continue
             groups = [best_groups(found, shape.query_to_kv, kv_heads, group_size) for found in energies]
-            total = sum(found.of(kept, width).sum() for found, kept in zip(energies, groups, strict=True))
-            if best is None or total > best[0]:
-                best = float(total), (kv_heads, group_size, even_width(kept_channels, heads, full))
+            energy = sum(
+                found.of(kept, min(width, affordable)).sum() for found, kept in zip(energies, groups, strict=True)
+            )
+            if best is None or energy > best[0]:
+                best = float(energy), (kv_heads, group_size, width)
     if best is None:  # not even one head: the ratio is beyond what heads of that width can be
-        return 1, 1, even_width(kept_channels, 1, full)
+        return 1, 1, common_width(kept_channels, 1, full, align)
     return best[1]
+
+
+def common_width(kept_channels: int, heads: int, full: int, align: int) -> int:
+    """The even width nearest to an equal share, or the widest multiple of a greater alignment within it.
+
+    Where the share is below the alignment it is the narrowest width there is.
+    """
+    if align == 2:
+        return even_width(kept_channels, heads, full)
+    widths = aligned_widths(full, align)
+    return max((width for width in widths if width * heads <= kept_channels), default=widths[0])
 
 
 def best_groups(

@@ -60,6 +60,7 @@ def prune_shapes(config: ModelConfig, ratios: LayerRatios, prune: PruneConfig, r
             prune.grouping,
             cost,
             ledger.attention_range(i),
+            prune.head_align,
         )
         new = attention_shape(shape, heads, width)
         ledger.attention_done(i, new)
