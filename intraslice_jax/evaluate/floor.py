@@ -157,12 +157,8 @@ def loop_flops(dense: ModelConfig, pruned: ModelConfig, samples: int, seq: int) 
             + flops.gram(targets, tokens)
             + 2 * tokens * inputs * targets
         )
-        total["MLP moments"] += (
-            flops.attention_output(dense, after, tokens)
-            + flops.mlp_inner(dense, before, tokens)
-            + flops.gram(before.intermediate_size, tokens)
-        )
-        total["outputs"] += flops.mlp_output(dense, after, tokens)
+        total["MLP moments"] += flops.mlp_inner(dense, before, tokens) + flops.gram(before.intermediate_size, tokens)
+        total["outputs"] += flops.attention_output(dense, after, tokens) + flops.mlp_output(dense, after, tokens)
     return total
 
 

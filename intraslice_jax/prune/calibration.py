@@ -241,6 +241,7 @@ class AttentionCalibration:
         whole, held = total.totals()
         return check_finite(self.index, "attention", whole), drift_of(drifts, held)
 
+    @stage("outputs")
     def after_attention(
         self, output: Float[Array, "kept v hidden"], bias: Float[Array, " hidden"] | None
     ) -> list[Array] | None:
