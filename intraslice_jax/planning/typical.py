@@ -6,7 +6,7 @@ import dataclasses
 
 from intraslice_jax.config import LayerShape, ModelConfig, PruneConfig
 from intraslice_jax.prune.allocation import allocate_evenly
-from intraslice_jax.prune.attention import AttentionPlan, aligned_widths, plan_widths
+from intraslice_jax.prune.attention import AttentionPlan, even_width, plan_widths
 from intraslice_jax.prune.budget import Ledger
 
 
@@ -28,10 +28,14 @@ def typical(config: ModelConfig, prune: PruneConfig) -> ModelConfig:
 
 def _attention(shape: LayerShape, ratio: float, align: int) -> LayerShape:
     full, heads = shape.v_head_dim, shape.num_attention_heads
-    kept, widths = heads * full - round(heads * full * ratio), aligned_widths(full, align)
-    least = next(width for width in widths if width >= 0.75 * full)
-    count = next((n for n in range(heads, 1, -1) if kept // n >= least), 1)
-    width = min(widths, key=lambda w: (abs(w - kept / count), -w))
+    kept = heads * full - round(heads * full * ratio)
+
+    def fit(count: int) -> bool:
+        share = kept // count
+        return share >= 0.75 * full and even_width(kept, count, full, align) <= share + 1
+
+    count = next(filter(fit, range(heads, 1, -1)), 1)
+    width = even_width(kept, count, full, align)
     # The first heads of every group: all KV heads stay while they can.
     place = [shape.query_to_kv[:h].count(kv) for h, kv in enumerate(shape.query_to_kv)]
     stay = sorted(sorted(range(heads), key=lambda h: (place[h], h))[:count])

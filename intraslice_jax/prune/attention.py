@@ -140,9 +140,9 @@ def plan_heads(energies: HeadEnergies, kept_channels: int) -> tuple[np.ndarray, 
     return np.sort(np.asarray(order)), even_width(kept_channels, len(order), full)
 
 
-def even_width(kept_channels: int, heads: int, full: int) -> int:
-    """The even width nearest to an equal share of the channels, of two equally near ones the wider."""
-    return max(2, min(2 * math.floor(kept_channels / heads / 2 + 0.5), full))
+def even_width(kept_channels: int, heads: int, full: int, align: int = 2) -> int:
+    """The multiple of `align` nearest to an equal share of the channels, of two equally near ones the wider."""
+    return max(min(align, full), min(align * math.floor(kept_channels / heads / align + 0.5), full))
 
 
 def aligned_widths(full: int, align: int) -> list[int]:

@@ -31,7 +31,6 @@ def test_the_width_is_a_multiple_and_the_heads_come_nearest_to_the_budget(budget
 
 def test_the_width_is_the_one_that_carries_the_most():
     energies = random_energies(9, 64, np.random.default_rng(1))
-    energies.total = energies.channel_scores.sum(1)
 
     def carried(width: int, budget: int) -> float:
         """Of the best heads, the last one in part."""
@@ -40,9 +39,9 @@ def test_the_width_is_the_one_that_carries_the_most():
         part = 0.0 if whole == 9 else (budget / width - whole) * each[whole]
         return float(each[:whole].sum() + part)
 
-    for spread, expected in ((1.0, 64), (0.0, 48)):
-        # A flat spectrum makes narrow heads dear; one that ends early makes them free.
-        shares = np.full(64, 1 / 64) if spread else np.r_[np.full(48, 1 / 48), np.zeros(16)]
+    # A flat spectrum makes narrow heads dear; one that ends early makes them free.
+    flat, short = np.full(64, 1 / 64), np.r_[np.full(48, 1 / 48), np.zeros(16)]
+    for shares, expected in ((flat, 64), (short, 48)):
         energies.cumulative = np.tile(np.r_[0.0, np.cumsum(shares)], (9, 1))
         width = plan_aligned_heads(energies, 432, TO_KV, "ragged", 16)[1]
         assert width == max((48, 64), key=lambda w: carried(w, 432)) == expected
