@@ -21,6 +21,7 @@ from intraslice_jax.calibrate.token_weights import token_weights
 from intraslice_jax.config import LayerShape, ModelConfig, PruneConfig
 from intraslice_jax.environment import StageClock
 from intraslice_jax.errors import InputError
+from intraslice_jax.io.memory import return_freed_blocks
 from intraslice_jax.model import LanguageModel, on_mesh
 from intraslice_jax.models.decoder import Decoder, block_from_arrays, decoder_from_arrays, decoder_to_arrays
 from intraslice_jax.models.streamed import LayeredArrays, StreamedDecoder
@@ -254,6 +255,8 @@ def _prune_layers(
         blocks, records = _finished(run_log, stream, ledger, streamed)
     for i in range(len(blocks), model.config.num_layers):
         started = time.monotonic()
+        if streamed:
+            return_freed_blocks()  # of the layer before, or of what estimated the ratios
         block = gathered(model.decoder.layers[i])
         arrays = decoder_to_arrays(block)
         if streamed:
