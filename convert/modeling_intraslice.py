@@ -180,6 +180,8 @@ class IntraSliceAttention(nn.Module):
 
     rope_pairs: torch.Tensor
     query_to_kv: torch.Tensor
+    query_to_slot: torch.Tensor
+    slot_to_query: torch.Tensor
 
     def __init__(self, config: IntraSliceConfig, layer_idx: int) -> None:
         super().__init__()
@@ -188,10 +190,12 @@ class IntraSliceAttention(nn.Module):
         self.layer_idx = layer_idx
         self.groups: list[int] = shape["query_to_kv"]
         heads, kv_heads = len(self.groups), self.groups[-1] + 1
-        sizes = {self.groups.count(head) for head in range(kv_heads)}
-        # Ragged groups: every query head gets its own copy of its key and value, after the cache.
-        self.ragged = len(sizes) > 1
-        self.num_key_value_groups = 1 if self.ragged else sizes.pop()
+        sizes = [self.groups.count(head) for head in range(kv_heads)]
+        # Ragged groups: every query head gets its own copy of its key and value, after the cache. The queries of one
+        # position take slots instead, as many for each key/value head as the widest group has: that copies no cache.
+        self.ragged = len(set(sizes)) > 1
+        self.num_key_value_groups = 1 if self.ragged else sizes[0]
+        self.widest_group = max(sizes)
         self.head_dim = shape["qk_head_dim"]
         self.v_head_dim = shape["v_head_dim"]
         self.rotary_dim = shape["rotary_dim"]
@@ -207,12 +211,18 @@ class IntraSliceAttention(nn.Module):
         # Which frequencies of the original head each key/value head kept: part of the checkpoint.
         pairs = torch.zeros(kv_heads, self.rotary_dim // 2, dtype=torch.int32)
         self.register_buffer("rope_pairs", pairs)
-        self.register_buffer("query_to_kv", torch.zeros(heads, dtype=torch.long), persistent=False)
+        slots = kv_heads * self.widest_group
+        for name, size in (("query_to_kv", heads), ("query_to_slot", heads), ("slot_to_query", slots)):
+            self.register_buffer(name, torch.zeros(size, dtype=torch.long), persistent=False)
         self.reset_indices()
 
     def reset_indices(self) -> None:
-        """Fills both index buffers, `rope_pairs` with the original order unless a checkpoint filled it."""
+        """Fills all index buffers, `rope_pairs` with the original order unless a checkpoint filled it."""
+        places = [kv * self.widest_group + i - self.groups.index(kv) for i, kv in enumerate(self.groups)]
+        queries = [places.index(slot) if slot in places else 0 for slot in range(len(self.slot_to_query))]
         init.copy_(self.query_to_kv, torch.tensor(self.groups))
+        init.copy_(self.query_to_slot, torch.tensor(places))
+        init.copy_(self.slot_to_query, torch.tensor(queries))
         pairs = torch.arange(self.rotary_dim // 2, dtype=torch.int32)
         init.copy_(self.rope_pairs, pairs.expand(self.rope_pairs.shape))
 
@@ -239,10 +249,15 @@ class IntraSliceAttention(nn.Module):
                 query = rotate(grouped, cos.unsqueeze(2), sin.unsqueeze(2)).flatten(1, 2)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        if self.ragged:
-            key, value = key.index_select(1, self.query_to_kv), value.index_select(1, self.query_to_kv)
 
         implementation = self.config._attn_implementation or "eager"
+        one_mask = attention_mask is None or attention_mask.shape[1] == 1
+        slotted = self.ragged and implementation == "sdpa" and rows[1] == 1 and one_mask
+        if slotted:  # the queries of a key/value head stand where positions would
+            query = query[:, :, 0].index_select(1, self.slot_to_query).unflatten(1, (-1, self.widest_group))
+            kwargs["is_causal"] = False
+        elif self.ragged:
+            key, value = key.index_select(1, self.query_to_kv), value.index_select(1, self.query_to_kv)
         if self.head_dim != self.v_head_dim and implementation not in ("eager", "sdpa"):
             # Most kernels want one width for queries, keys and values; zeros change neither scores nor outputs.
             width = max(self.head_dim, self.v_head_dim)
@@ -260,6 +275,8 @@ class IntraSliceAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
+        if slotted:
+            output = output.transpose(1, 2).flatten(1, 2).index_select(1, self.query_to_slot)
         output = output.reshape(*rows, len(self.groups), -1)[..., : self.v_head_dim]
         return self.o_proj(output.reshape(*rows, -1)), weights
 

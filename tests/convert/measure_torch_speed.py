@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from intraslice_jax.convert.modeling_intraslice import CACHE
 from tests.convert.exported import in_torch, quiet_torch
 
 
@@ -22,9 +23,8 @@ def once(model, tokens: torch.Tensor) -> tuple[float, float]:
     out = model(tokens, use_cache=True, logits_to_keep=1)
     prefill, steps = time.perf_counter() - started, []
     for _ in range(8):
-        kept = {name: out[name] for name in ("cache", "past_key_values") if name in out}
         started = time.perf_counter()
-        out = model(tokens[:, -1:], use_cache=True, **kept)
+        out = model(tokens[:, -1:], use_cache=True, **{CACHE: out[CACHE]})
         steps.append(time.perf_counter() - started)
     return prefill, statistics.median(steps)
 

@@ -20,6 +20,7 @@ from intraslice_jax.config import LayerShape, ModelConfig
 from intraslice_jax.convert import load
 from intraslice_jax.convert.export import export
 from intraslice_jax.convert.families import FAMILIES
+from intraslice_jax.convert.modeling_intraslice import CACHE
 from intraslice_jax.convert.shards import parse_size
 from intraslice_jax.convert.tokenizer import tokenizer_from_folder
 from intraslice_jax.errors import InputError
@@ -105,6 +106,26 @@ def test_greedy_text_with_a_cache_is_that_without(folder, flavour):
         return  # a static cache cannot start anew where longrope changes its frequencies
     static = greedy(exported, TOKENS[:, :6], 14, cache_implementation="static", disable_compile=True)
     np.testing.assert_array_equal(static, plain)
+
+
+@pytest.mark.parametrize("flavour", ["llama", "mistral", "phi"])
+def test_cached_steps_have_our_logits_and_copy_no_heads(folder, logits_of, flavour, monkeypatch):
+    exported, widths = in_torch(folder(flavour), "sdpa"), []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def seen(query, key, value, **options):
+        widths.append((key.shape[1], value.shape[1]))
+        return attend(query, key, value, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", seen)
+    found, cache = [], {}
+    with torch.no_grad():
+        for token in torch.from_numpy(TOKENS).long().split(1, dim=1):
+            out = exported(token, use_cache=True, **cache)
+            cache = {CACHE: out[CACHE]}
+            found.append(out.logits)
+    np.testing.assert_allclose(torch.cat(found, 1), logits_of(flavour)(40), rtol=0, atol=CLOSE)
+    assert widths == [(shape.num_key_value_heads,) * 2 for shape in make(flavour).config.layers] * len(found)
 
 
 def test_greedy_text_is_ours(folder):
