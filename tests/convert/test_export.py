@@ -128,6 +128,20 @@ def test_cached_steps_have_our_logits_and_copy_no_heads(folder, logits_of, flavo
     assert widths == [(shape.num_key_value_heads,) * 2 for shape in make(flavour).config.layers] * len(found)
 
 
+def test_a_cached_step_takes_a_mask_of_every_head(tmp_path):
+    path = export(make("llama", layers=LAYERS[:1]), tmp_path / "ragged")
+    tokens = torch.from_numpy(TOKENS[:, :9]).long()
+    hidden = torch.zeros(2, LAYERS[0].num_attention_heads, 1, 9)
+    hidden[:, 1, :, 2:5] = -torch.inf  # from one query head
+    logits = []
+    for attention in ("eager", "sdpa"):
+        exported = in_torch(path, attention)
+        with torch.no_grad():
+            cache = {CACHE: exported(tokens[:, :8], use_cache=True)[CACHE]}
+            logits.append(exported(tokens[:, 8:], attention_mask=hidden, **cache).logits)
+    torch.testing.assert_close(*logits, rtol=0, atol=CLOSE)
+
+
 def test_greedy_text_is_ours(folder):
     model, length, new = make("llama"), 6, 14
     tokens = np.zeros((2, length + new), np.int32)
