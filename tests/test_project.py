@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.conftest import known_flags
 from tests.without_torch import WITHOUT_TORCH
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,6 +24,11 @@ def test_strict_settings():
         jnp.ones(2, jnp.float32) + jnp.ones(2, jnp.bfloat16)
     with pytest.raises(ValueError, match="rank"):
         jnp.ones((2, 3)) + jnp.ones(3)
+
+
+def test_flags_that_xla_does_not_know_are_left_out():
+    kept = "--xla_backend_optimization_level=0"
+    assert known_flags((kept, "--xla_a_flag_of_yesterday=true")) == [kept]
 
 
 @pytest.mark.parametrize("name", ["intraslice_jax", "intraslice_jax.convert"])

@@ -55,6 +55,8 @@ def read_bytes(path: Path, advice: str = "download it again") -> bytes:
         InputError: it is missing, unreadable or larger.
     """
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise InputError(f"{path} is not a file; {advice}")  # reading a pipe would wait for ever
         size = path.stat().st_size
         if size > MAX_DOCUMENT_BYTES:
             raise InputError(f"{path} has {size} bytes, expected at most {MAX_DOCUMENT_BYTES}; {advice}")
@@ -103,7 +105,7 @@ def check(data: Any, schema: type[T], where: str) -> T:
 
 
 @functools.cache
-def _adapter(schema: Any) -> pydantic.TypeAdapter[Any]:
+def _adapter(schema: Any) -> pydantic.TypeAdapter:
     return pydantic.TypeAdapter(schema)
 
 
