@@ -301,7 +301,7 @@ def test_real_checkpoint_continues_a_story(shared_data):
         ({"head_dim": 7}, r"head_dim 7 rotates 7 channels, expected an even number"),
         ({"rope_parameters": {"rope_type": "xpos"}}, r"rope_type 'xpos' is not supported; supported: default"),
         ({"rope_parameters": {"rope_type": "linear"}}, r"rope_type 'linear': factor is missing"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": -2}}, r"parameters\.factor must be above 0, found -2"),
+        (
             {"rope_parameters": {"rope_type": "linear", "factor": -2}},
             r"rope_parameters\.factor must be above 0, found -2",
         ),
