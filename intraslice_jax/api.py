@@ -100,7 +100,7 @@ def _check_dtype(dtype: str | None) -> None:
 def prune(
     model: LanguageModel,
     text: str,
-    sparsity: float = 0.3,
+    sparsity: float | None = None,
     *,
     preset: Literal["fast", "paper", "quality"] | None = None,
     samples: int = 128,
@@ -116,7 +116,8 @@ def prune(
     Args:
         model: what to prune; it stays as it is.
         text: calibration text, of the kind that the model will see.
-        sparsity: fraction of the attention and MLP parameters of the decoder layers to remove, in [0, 1).
+        sparsity: fraction of the attention and MLP parameters of the decoder layers to remove, in [0, 1); 0.3 if not
+            given, or what a file of `ratios` removes.
         preset: settings to begin with, which `**settings` change: `fast` does the least, `paper` is the paper's
             method, `quality` the best that is known. None is `quality`, or `fast` for the `method` of a baseline.
         samples: number of calibration windows, drawn at random positions of the text.

@@ -57,7 +57,7 @@ def run_demo(options: Options) -> dict[str, Any]:
 
         say("measuring the dense model")
         before, sample = measure(dense), _continuation(dense, options)
-        say(f"removing {options.prune.sparsity:.0%} of the decoder blocks")
+        say(f"removing {options.prune.target_sparsity:.0%} of the decoder blocks")
         with prune_progress(dense.config.num_layers) as told:
             pruned = api.prune_calibrated(dense, calibration, options.prune, options.calibrate, *told)
         say("measuring the pruned model")

@@ -151,8 +151,8 @@ def _check_length(model: LanguageModel, rows: list[list[int]], max_new_tokens: i
 
 def _stop_tokens(model: LanguageModel) -> set[int]:
     """Those of the model and of its generation settings (chat models often name more there)."""
-    more = model.generation_config.get("eos_token_id") or []
-    return {*model.config.eos_token_id, *([more] if isinstance(more, int) else more)}
+    more = model.generation_config.get("eos_token_id")
+    return {*model.config.eos_token_id, *(more if isinstance(more, list) else [] if more is None else [more])}
 
 
 def _check_finite(model: LanguageModel, logits: Float[Array, "batch vocab"], rows: list[list[int]]) -> None:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, ClassVar
+
+from pydantic import ConfigDict, Field
 
 from intraslice_jax.config import LayerShape, ModelConfig
 from intraslice_jax.errors import InputError
+from intraslice_jax.io.reading import Count
+
+Ratio = Annotated[float, Field(ge=0, le=1)]
 
 TOLERANCE = 0.005
 """How far the removed fraction of the block parameters may be from the request."""
@@ -18,9 +23,11 @@ TOLERANCE = 0.005
 class HeadWidths:
     """What stays of an attention: query heads, and channels of a query or key head and of a value head."""
 
-    num_attention_heads: int
-    qk_head_dim: int
-    v_head_dim: int
+    num_attention_heads: Count
+    qk_head_dim: Count
+    v_head_dim: Count
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True)
@@ -33,9 +40,11 @@ class LayerRatios:
             the method chooses heads and widths.
     """
 
-    attention: tuple[float, ...]
-    mlp: tuple[float, ...]
+    attention: tuple[Ratio, ...]
+    mlp: tuple[Ratio, ...]
     heads: tuple[HeadWidths, ...] = ()
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> LayerRatios:
