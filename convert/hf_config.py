@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from intraslice_jax.config import LayerShape, ModelConfig, RopeConfig, uniform_query_to_kv
+from intraslice_jax.convert.pruned_config import pruned_layers
+from intraslice_jax.convert.rotation import fraction
 from intraslice_jax.errors import InputError
 from intraslice_jax.models.mlp import check_activation
 from intraslice_jax.models.rope import ROPE_TYPES
@@ -24,6 +26,8 @@ _OPTIONAL = {
     "yarn": ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     "longrope": ("attention_factor", "factor"),
 }
+
+_OWN_FEATURES = ("norm", "parallel_block", "gated_mlp", "attention_output_bias", "lm_head_bias")
 
 _LLAMA_TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
 
@@ -111,11 +115,29 @@ def phi(raw: Mapping[str, Any], source: str = "") -> ModelConfig:
 
 
 def intraslice(raw: Mapping[str, Any], source: str = "") -> ModelConfig:
-    """The configuration that this program's own exports carry; `source` is the original model's, inside it."""
+    """This program's own exports; `source` is the original model's configuration, inside this one."""
     del source
     if not isinstance(raw.get("intraslice"), Mapping):
-        raise InputError("the key intraslice, this program's description of the model, is missing")
-    return ModelConfig.from_json(raw["intraslice"])
+        raise InputError("the key intraslice, which describes what has no other place, is missing")
+    layers, own = pruned_layers(raw)
+    model = _model(
+        # As an unpruned model that has these features; its heads rotate as the original's did.
+        {
+            **{key: value for key, value in raw.items() if key != "per_layer_config"},
+            "num_attention_heads": 1,
+            "num_key_value_heads": 1,
+            "head_dim": own["head_dim"],
+            "rms_norm_eps": own["norm_eps"],
+            "attention_bias": own["attention_bias"],
+            "mlp_bias": own["mlp_bias"],
+            "partial_rotary_factor": fraction(own["rotary_dim"], own["head_dim"]),
+        },
+        own["source"],
+        own["model_type"],
+        partial_rotary=1.0,
+        **{name: own[name] for name in _OWN_FEATURES},
+    )
+    return model.with_layers(layers)
 
 
 def _model(

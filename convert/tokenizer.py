@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from intraslice_jax.errors import InputError
@@ -78,7 +79,9 @@ def tokenizer_from_folder(folder: Path) -> PreTrainedTokenizerBase | None:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it warns of model types that only the exported modelling file knows
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False, **_without_config(folder)
+        )
     except Exception as error:  # tokenizers raises plain Exception for a malformed file
         raise InputError(
             f"{folder}: the tokenizer ({', '.join(there)}) cannot be read ({_first_line(error)}); "
@@ -87,6 +90,15 @@ def tokenizer_from_folder(folder: Path) -> PreTrainedTokenizerBase | None:
     finally:
         logging.set_verbosity(verbosity)
     return tokenizer
+
+
+def _without_config(folder: Path) -> dict[str, Any]:
+    """For this program's exports: transformers cannot check their `config.json` without their modelling file."""
+    try:
+        pruned = json.loads((folder / "config.json").read_text("utf-8"))["model_type"] == "intraslice"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pruned = False
+    return {"config": PreTrainedConfig()} if pruned else {}
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any], context_length: int) -> PreTrainedTokenizerBase | None:
