@@ -120,10 +120,17 @@ def intraslice(raw: Mapping[str, Any], source: str = "") -> ModelConfig:
     if not isinstance(raw.get("intraslice"), Mapping):
         raise InputError("the key intraslice, which describes what has no other place, is missing")
     layers, own = pruned_layers(raw)
+    # The modelling file does not look at this one.
+    ropes = {
+        key: {name: value for name, value in raw[key].items() if name != "partial_rotary_factor"}
+        for key in ("rope_parameters", "rope_scaling")
+        if isinstance(raw.get(key), Mapping)
+    }
     model = _model(
         # As an unpruned model that has these features; its heads rotate as the original's did.
         {
-            **{key: value for key, value in raw.items() if key != "per_layer_config"},
+            **{key: value for key, value in raw.items() if key not in ("per_layer_config", *ropes)},
+            **ropes,
             "num_attention_heads": 1,
             "num_key_value_heads": 1,
             "head_dim": own["head_dim"],

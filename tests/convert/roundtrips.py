@@ -222,7 +222,7 @@ def round_trip(model: StoredModel, folder: Path, form: str) -> str:
         AssertionError: logits differ, or a form is refused, or not, against what its page says.
     """
     config = model.config
-    path = folder / f"{form.replace(' ', '-')}{'.gguf' if form == 'gguf' else ''}"
+    path = folder / ("model.gguf" if form == "gguf" else form)
     if not expressible(form, config):
         with pytest.raises(InputError) as refusal:
             export(model, path, format=form)
@@ -233,14 +233,13 @@ def round_trip(model: StoredModel, folder: Path, form: str) -> str:
     readers: dict[str, Callable[[np.ndarray], np.ndarray]] = {
         "read back": lambda tokens: numpy_logits(back.config, back.arrays, tokens)
     }
-    name, most = f"gguf {form}", TOKENS.shape[1]
+    name, most = form, TOKENS.shape[1]
     if form == "gguf":
         most = min(most, back.config.max_position_embeddings)
-        name = "gguf"
     else:
         exported = in_torch(path, attention="eager")
-        exported.save_pretrained(folder / "saved")
-        saved = open_stored(folder / "saved")
+        exported.save_pretrained(folder / f"{form}-saved")
+        saved = open_stored(folder / f"{form}-saved")
         readers["PyTorch"] = lambda tokens: torch_logits(exported, tokens)
         readers["saved by transformers"] = lambda tokens: numpy_logits(saved.config, saved.arrays, tokens)
         name = type(exported).__name__

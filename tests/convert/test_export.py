@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import re
+import shutil
 import tracemalloc
 
 import jax
@@ -24,6 +25,7 @@ from intraslice_jax.convert.modeling_intraslice import CACHE
 from intraslice_jax.convert.pruned_config import pruned_config
 from intraslice_jax.convert.shards import parse_size
 from intraslice_jax.convert.tokenizer import tokenizer_from_folder
+from intraslice_jax.convert.tokenizer_files import save_tokenizer
 from intraslice_jax.errors import InputError
 from intraslice_jax.models.decoder import decoder_from_arrays, decoder_to_arrays
 from tests.convert.exported import (
@@ -39,6 +41,7 @@ from tests.convert.exported import (
     torch_logits,
     with_random_weights,
 )
+from tests.convert.test_gguf_export import byte_level, sentencepiece
 from tests.tiny import tiny_config, write_tiny_llama, write_tokenizer
 
 CLOSE = 1e-4
@@ -257,6 +260,78 @@ def test_loaded_by_us_again(folder, flavour):
     assert_same(load(folder(flavour)), make(flavour))
 
 
+def edited(folder, path, **changes):
+    """A copy of an export whose `config.json` somebody edited."""
+    shutil.copytree(folder, path)
+    raw = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(raw | changes))
+    return path
+
+
+EDITS = {
+    "llama": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 300.0}, "hidden_act": "gelu"},
+    "mistral": {"sliding_window": 9, "rope_theta": 300.0, "attention_bias": True, "rms_norm_eps": 0.5},
+    "phi": {"rope_parameters": {"rope_type": "default", "rope_theta": 99.0, "partial_rotary_factor": 1.0}},
+}
+
+
+@pytest.mark.parametrize("flavour", EDITS)
+def test_an_edited_configuration_means_the_same_to_both(folder, logits_of, tmp_path, flavour):
+    path = edited(folder(flavour), tmp_path / "edited", **EDITS[flavour])
+    model = load(path)
+    ours = our_logits(model.decoder, TOKENS)
+    np.testing.assert_allclose(torch_logits(in_torch(path), TOKENS), ours, rtol=0, atol=CLOSE)
+    assert np.abs(ours - logits_of(flavour)(40)).max() > 0.01
+    # In the first version the key intraslice repeated everything; PyTorch read the top level then, too.
+    old = edited(path, tmp_path / "old", intraslice=make(flavour).config.to_json())
+    if flavour == "mistral":
+        with pytest.raises(InputError, match=r"sliding_window of layer 0 is 9, but intraslice\.layers says 5"):
+            load(old)
+    else:
+        assert load(old).config == model.config
+
+
+def test_a_larger_vocabulary_is_read_back(folder, tmp_path):
+    exported = in_torch(folder("llama"))
+    exported.resize_token_embeddings(VOCAB + 3, mean_resizing=False)
+    exported.save_pretrained(tmp_path / "larger")
+    ours = our_logits(load(tmp_path / "larger").decoder, TOKENS)
+    np.testing.assert_allclose(torch_logits(exported, TOKENS), ours, rtol=0, atol=CLOSE)
+
+
+def test_exports_of_the_first_version_are_read(folder, tmp_path):
+    for flavour in ("llama", "qwen2", "smollm3", "phi3"):
+        path = edited(folder(flavour), tmp_path / flavour, intraslice=make(flavour).config.to_json())
+        assert_same(load(path), make(flavour))
+
+
+def old_copy(**changes):
+    """The key `intraslice` of the first version, its first layer changed."""
+    old = make("llama").config.to_json()
+    old["layers"][0] |= changes
+    return {"intraslice": old}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_attention_heads": 5}, "num_attention_heads of layer 0 is 5, but its intraslice.query_to_kv makes it 6"),
+        ({"num_hidden_layers": 4}, "num_hidden_layers is 4, but intraslice.layers has 3 entries"),
+        ({"layer_types": ["full_attention"]}, "num_hidden_layers is 3, but layer_types has 1 entries"),
+        ({"per_layer_config": {"9": {"head_dim": 4}}}, "per_layer_config names layer 9, but num_hidden_layers is 3"),
+        ({"per_layer_config": {"0": {"sliding_window": 4}}}, r"per_layer_config.0.sliding_window"),
+        ({"intraslice": {"layers": []}}, r"intraslice.model_type is missing"),
+        ({"intraslice": 3}, "the key intraslice, .*, is missing"),
+        (old_copy(v_head_dim=5), "v_head_dim of layer 0 is 4, but intraslice.layers says 5"),
+        (old_copy(sliding_window=5), "sliding_window of layer 0 is None, but intraslice.layers says 5"),
+        (old_copy(query_to_kv=[0, 2**31 - 1]), "query_to_kv must count up from 0 without gaps"),
+    ],
+)
+def test_a_configuration_that_contradicts_itself_is_refused(folder, tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        load(edited(folder("llama"), tmp_path / "edited", **changes))
+
+
 def assert_same(model, want):
     # As it is written: a RoPE factor that follows from two lengths is spelled out for transformers.
     assert pruned_config(model.config, "float32") == pruned_config(want.config, "float32")
@@ -352,6 +427,26 @@ def test_tokenizer_generation_settings_and_card(tmp_path):
         "pad_token_id": 0,
     }
     assert not [file.name for file in path.iterdir() if str(tmp_path) in file.read_bytes().decode("utf-8", "ignore")]
+
+
+@pytest.mark.parametrize("made", [byte_level, sentencepiece])
+def test_the_tokenizer_of_an_export_is_for_every_release(tmp_path, made):
+    tokenizer = made()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    tokenizer.chat_template = "{{ messages }}"
+    save_tokenizer(tokenizer, tmp_path)
+    written = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    # 4.x does not know TokenizersBackend, local_files_only, a list of extra_special_tokens or templates in other files.
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert written["additional_special_tokens"] == ["<|end|>"]
+    assert not {"backend", "is_local", "local_files_only", "extra_special_tokens", "auto_map"} & written.keys()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+    again, text = tokenizer_from_folder(tmp_path), "the river <s> runs<|end|>  over café"
+    assert again(text).input_ids == tokenizer(text).input_ids
+    assert again.decode(again(text).input_ids) == tokenizer.decode(tokenizer(text).input_ids)
+    for name in ("chat_template", "model_max_length", "eos_token", "unk_token", "pad_token"):
+        assert getattr(again, name) == getattr(tokenizer, name)
+    assert set(again.all_special_tokens) == set(tokenizer.all_special_tokens)
 
 
 # Unpruned models: the family's own layout

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import transformers
 
+from intraslice_jax.config import RopeConfig
 from intraslice_jax.convert import load
 from intraslice_jax.convert.export import export
 from intraslice_jax.errors import InputError
@@ -103,7 +104,14 @@ def test_what_no_stock_class_holds(tmp_path):
         export(windowed, tmp_path / "out", format="padded")
     with pytest.raises(InputError, match="does not know its original configuration"):
         export(make("llama"), tmp_path / "out", format="padded")
+    # Somebody edited an export: its original configuration, from which stock classes get theirs, says something else.
+    config = dataclasses.replace(ragged("llama").config, rope=RopeConfig(500.0), eos_token_id=(1, 3))
+    with pytest.raises(InputError, match=r"differs from its original configuration in rope; .*--format hf"):
+        export(dataclasses.replace(ragged("llama"), config=config), tmp_path / "out", format="padded")
     assert list(tmp_path.iterdir()) == []
+    same = dataclasses.replace(config, rope=ragged("llama").config.rope)
+    folder = export(dataclasses.replace(ragged("llama"), config=same), tmp_path / "out", format="padded")
+    assert json.loads((folder / "config.json").read_text())["eos_token_id"] == [1, 3]
 
 
 def test_frequencies_that_grow_with_the_text_stay_with_the_modelling_file(tmp_path):
