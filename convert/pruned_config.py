@@ -139,7 +139,7 @@ def pruned_layers(raw: Mapping[str, Any]) -> tuple[tuple[LayerShape, ...], dict[
     Raises:
         InputError: a value is missing or malformed, or two of them contradict each other.
     """
-    file = check(dict(raw), _File, "a pruned model's configuration")
+    file = check(dict(raw), _File, "")
     own, changed = file["intraslice"], {int(i): widths for i, widths in (file.get("per_layer_config") or {}).items()}
     count = file["num_hidden_layers"]
     for name, length in (("intraslice.layers", len(own["layers"])), ("layer_types", len(file["layer_types"]))):
