@@ -19,7 +19,7 @@ from intraslice_jax.convert.modelcard import Form, model_card
 from intraslice_jax.convert.pruned_config import MODELING_FILE, pruned_config, special_tokens
 from intraslice_jax.convert.shards import Planned, parse_size, write_tensors
 from intraslice_jax.convert.stock import StockForm, padded_form, stock_form
-from intraslice_jax.convert.tokenizer_files import save_tokenizer
+from intraslice_jax.convert.tokenizer_writing import save_tokenizer
 from intraslice_jax.errors import InputError
 from intraslice_jax.io.atomic import atomic_folder
 from intraslice_jax.model import LanguageModel, StoredModel

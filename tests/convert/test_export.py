@@ -25,7 +25,7 @@ from intraslice_jax.convert.modeling_intraslice import CACHE
 from intraslice_jax.convert.pruned_config import pruned_config
 from intraslice_jax.convert.shards import parse_size
 from intraslice_jax.convert.tokenizer import tokenizer_from_folder
-from intraslice_jax.convert.tokenizer_files import save_tokenizer
+from intraslice_jax.convert.tokenizer_writing import save_tokenizer
 from intraslice_jax.errors import InputError
 from intraslice_jax.models.decoder import decoder_from_arrays, decoder_to_arrays
 from tests.convert.exported import (
