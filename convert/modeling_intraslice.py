@@ -38,9 +38,10 @@ CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else 
 class IntraSliceConfig(PreTrainedConfig):
     """Configuration of a pruned model.
 
-    Head counts and widths at the top level are the largest of the layers; `per_layer_config` has what differs in a
-    layer, `intraslice` what transformers has no keys for: the original head's widths, features of the family, and of
-    each layer which key/value head its query heads read and how many channels rotate.
+    Head counts and widths at the top level are the original head width and the largest of the layers;
+    `per_layer_config` has what differs in a layer. `intraslice` holds what transformers has no keys for: the width that
+    sets the softmax scale, features of the family, and of each layer which key/value head its query heads read and how
+    many channels rotate.
     """
 
     model_type = "intraslice"

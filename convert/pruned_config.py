@@ -82,10 +82,10 @@ class _File(_Widths):
 def pruned_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """The JSON object.
 
-    Nothing is said twice: the usual keys describe the model as far as they can, widths at the top level being the
-    largest of the layers and `per_layer_config` what differs from them in a layer. The key `intraslice` holds what has
-    no other place: features of the family, the original head's widths, which query head reads which key/value head,
-    and how many channels of a layer's heads rotate.
+    Nothing is said twice: the usual keys describe the model as far as they can. Widths at the top level are the
+    original head width and the largest of the layers; `per_layer_config` has what differs from them in a layer. The key
+    `intraslice` holds what has no other place: features of the family, the width that sets the softmax scale and its
+    rotated channels, which query head reads which key/value head, and how many channels of a layer's heads rotate.
 
     Raises:
         InputError: layers have sliding windows of different sizes, for which transformers has no masks.
@@ -94,7 +94,7 @@ def pruned_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     if len(windows) > 1:
         raise InputError(f"sliding windows of different sizes {sorted(windows)} cannot be exported; expected one size")
     layers = [_widths(shape) for shape in config.layers]
-    top = {name: max(widths[name] for widths in layers) for name in layers[0]}
+    top = {name: max(widths[name] for widths in layers) for name in layers[0]} | {"head_dim": config.head_dim}
     different = {
         str(i): changed
         for i, widths in enumerate(layers)
