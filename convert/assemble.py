@@ -102,10 +102,9 @@ def stored_dtype(source: TensorSource) -> str:
 
 
 def _match(tensors: Sequence[Tensor], config: ModelConfig, source: TensorSource) -> dict[str, str]:
-    """The name in the checkpoint of every tensor that it has, once none is missing, left over or misshapen.
+    """The name in the checkpoint of every tensor, once none is missing, left over or misshapen.
 
-    A bias may be absent and is zero then, as for llama.cpp and transformers. In a folder that counts as damage where
-    other layers have the bias of the same projection.
+    Biases that a checkpoint may leave out have no name.
     """
     there = {name for name in source.dtypes if not _NOT_WEIGHTS.search(name)}
     names = {tensor.name: tensor.name for tensor in tensors}
@@ -115,8 +114,7 @@ def _match(tensors: Sequence[Tensor], config: ModelConfig, source: TensorSource)
         else:
             there.discard(_HEAD)
     missing, left = set(names.values()) - there, there - set(names.values())
-    projections = set() if source.layers_lack_biases else {_LAYER.sub(".", name) for name in there}
-    absent = {name for name in missing if _BIAS.search(name) and _LAYER.sub(".", name) not in projections}
+    absent = _absent_biases(missing, there, source.layers_lack_biases)
     names = {name: stored for name, stored in names.items() if stored not in absent}
     missing -= absent
     if missing or left:
@@ -134,6 +132,20 @@ def _match(tensors: Sequence[Tensor], config: ModelConfig, source: TensorSource)
                 f"the configuration implies {list(tensor.shape)}"
             )
     return names
+
+
+def _absent_biases(missing: set[str], there: set[str], by_layer: bool) -> set[str]:
+    """Of the missing tensors the biases that count as zero, as for transformers and llama.cpp.
+
+    Others of the same module have biases then; where no layer may be an exception, no layer has this one.
+    """
+    modules = {found[1] for name in there if (found := _BIAS.search(name))}
+    projections = set() if by_layer else {_LAYER.sub(".", name) for name in there}
+    return {
+        name
+        for name in missing
+        if (found := _BIAS.search(name)) and found[1] in modules and _LAYER.sub(".", name) not in projections
+    }
 
 
 def _check_tied(source: TensorSource) -> None:

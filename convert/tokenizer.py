@@ -142,7 +142,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], context_length: int) -> Pre
     types = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
     if len(types) != len(tokens):
         raise InputError(f"tokenizer.ggml.token_type has {len(types)} entries, expected {len(tokens)}")
-    special: dict[str, Any] = {
+    special = {
         role: _special(metadata, tokens, key)
         for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
     }
@@ -167,8 +167,8 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], context_length: int) -> Pre
     add_bos = metadata.get("tokenizer.ggml.add_bos_token", add_bos) and special["bos"] is not None
     add_eos = metadata.get("tokenizer.ggml.add_eos_token", False) and special["eos"] is not None
     if add_bos or add_eos:
-        front = [special["bos"]] if add_bos else []
-        back = [special["eos"]] if add_eos else []
+        front = [str(special["bos"])] if add_bos else []
+        back = [str(special["eos"])] if add_eos else []
         tokenizer.post_processor = processors.TemplateProcessing(
             single=[*front, "$A", *back],
             pair=[*front, "$A", *back, *front, "$B", *back],
