@@ -185,8 +185,9 @@ def read_metadata(file: GgufFile) -> Metadata:
         )
     found: dict[str, Any] = {}
     for key in Metadata.__annotations__:
-        value = file.metadata.get(key if key.startswith(("general.", "split.", "tokenizer.")) else f"{name}.{key}")
-        if value is not None:
+        stored = key if key.startswith(("general.", "split.", "tokenizer.")) else f"{name}.{key}"
+        if stored in file.metadata:
+            value = file.metadata[stored]
             found[key] = [value] if key in _WIDTHS and not isinstance(value, list) else value
     metadata = check(found, Metadata, f"the metadata of architecture {name}")
     if metadata["block_count"] > len(file.tensors):
