@@ -239,6 +239,7 @@ def hf_config(file: GgufFile, metadata: Metadata) -> dict[str, Any]:
     heads = raw.get("num_attention_heads")
     if not heads:
         raise InputError(f"{name}.attention.head_count must be a positive number, found {heads}")
+    raw["num_key_value_heads"] = raw["num_key_value_heads"] or heads
     head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
     value_dim = metadata.get("attention.value_length", head_dim)
     if value_dim != head_dim:
