@@ -32,11 +32,13 @@ class TensorSource(ABC):
         where: the file or folder, for messages.
         dtypes: by tensor, NumPy's name of what it is read as.
         shapes: by tensor, as `read` will give it.
+        layers_lack_biases: whether a layer may lack a bias that others have; it is zero then.
     """
 
     where: str
     dtypes: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
+    layers_lack_biases = False
     _viewed: tuple[str, np.ndarray] | None = None
 
     @abstractmethod
