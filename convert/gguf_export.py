@@ -188,7 +188,7 @@ def gguf_form(config: ModelConfig, arrays: Mapping[str, Any]) -> GgufForm:
     width = max(2 * (len(pairs) + -(-most_rest // 2)), *(2 * -(-s.v_head_dim // 2) for s in config.layers))
     whole, filled = config.head_dim // 2 * 2, _multiple(width, _STEP)
     width = whole if width <= whole < filled else filled
-    if width == config.rotary_dim == config.head_dim:
+    if width == config.rotary_dim == config.head_dim and not most_rest:
         pairs = list(range(width // 2))  # there is room for all: each has its own place and its own frequency
     scales = query_scales(config, width)
     frames = [whole_head_frame(pairs, width, s.qk_head_dim - s.rotary_dim, *scales) for s in config.layers]
