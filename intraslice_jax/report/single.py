@@ -99,6 +99,8 @@ def _calibration(report: Mapping[str, Any]) -> str:
 def _refinement(notes: Mapping[str, Any]) -> str:
     if not notes.get("accepted"):
         return "Nothing was retrained."
+    if "held_out_divergence" not in notes:
+        return "Then learned further on the same windows, towards the dense model's predictions."
     found = notes["held_out_divergence"]
     return (
         "Then learned further on the same windows, towards the dense model's predictions: on held-out ones the "
