@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from intraslice_jax.report.comparison import comparison_facts, comparison_page
-from intraslice_jax.report.run import read_run
+from intraslice_jax.report.comparison import comparison_facts, comparison_page, read_runs
 from intraslice_jax.report.single import run_page
 from tests.fuzz.harness import Target, mutate_bytes, mutate_json
 
@@ -61,10 +60,10 @@ def _write(folder: Path, damaged: str) -> Path:
 
 
 def _show(folder: Path) -> None:
-    run = read_run(folder)
-    for html in (run_page(run, {}), comparison_page([run, run], {})):
+    runs = read_runs([str(folder), str(folder)])
+    for html in (run_page(runs[0], {}), comparison_page(runs, {})):
         html.encode("utf-8")
-    json.dumps(comparison_facts([run, run])).encode("utf-8")
+    json.dumps(comparison_facts(runs)).encode("utf-8")
 
 
 def targets() -> list[Target]:
