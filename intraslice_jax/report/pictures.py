@@ -131,6 +131,7 @@ def _spectra(report: Mapping[str, Any]) -> Figure | None:
     edges = np.arange(len(cuts) + 1) - 0.5
     ends = np.stack([edges[:-1], edges[1:]], 1).ravel()  # the upper and the lower edge of each row
     axes.plot(np.repeat(cuts, 2), ends, color=CUT, linewidth=1.5)
+    axes.yaxis.get_major_locator().set_params(integer=True)  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
     axes.set_xlabel("principal component of the values")
     axes.set_ylabel("layer")
     figure.colorbar(colours, ax=axes, label="log10 of the share")
