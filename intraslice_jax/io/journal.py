@@ -351,7 +351,8 @@ class Journal:
             raise self._unwritable(path, error) from error
 
     def _unwritable(self, path: Path, error: BaseException) -> RunError:
-        return RunError(f"{write_failure(path, error)}; what {self._folder} held before is intact")
+        said = error if isinstance(error, InputError | RunError) else write_failure(path, error)
+        return RunError(f"{said}; what {self._folder} held before is intact")
 
     def _read(self, part: str, schema: Schema[T]) -> tuple[dict[str, Described], T]:
         """The arrays of an entry, described, and its facts.
