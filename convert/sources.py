@@ -160,7 +160,9 @@ def _check_file(file: Path) -> None:
 def _place(file: Path, name: str, entry: Described, offset: int, nbytes: int) -> _Place:
     dtype, shape = _DTYPES.get(entry["dtype"]), entry["shape"]
     if dtype is not None and math.prod(shape) * dtype.itemsize != nbytes:
-        raise InputError(f"{file}: tensor {name} {list(shape)} does not fit its {nbytes} bytes; download it again")
+        raise InputError(
+            f"{file}: tensor {name} {str(list(shape))[:100]} does not fit its {nbytes} bytes; download it again"
+        )
     return _Place(file, dtype, entry["dtype"], shape, offset)
 
 

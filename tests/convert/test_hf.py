@@ -577,6 +577,7 @@ def test_not_a_model(broken, tmp_path):
         (broken / "config.json", r"config\.json is not a model; expected a folder"),
         ("someone/absent", r"someone/absent .* the hub cannot be reached"),
         ("./no/such/folder/here", r"does not exist"),
+        ("x" * 300, r"cannot be read: File name too long"),
     ):
         with pytest.raises(InputError, match=message):
             load(source)

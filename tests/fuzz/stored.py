@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import random
 import tempfile
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import torch
 from safetensors.numpy import save_file
 
 from intraslice_jax.convert.sources import Safetensors, TensorSource, TorchFiles, open_folder
+from intraslice_jax.errors import InputError
 from intraslice_jax.io import journal as journal_module
 from intraslice_jax.io.checkpoint import open_checkpoint, save
 from intraslice_jax.io.digests import write_digests
@@ -114,13 +116,19 @@ def _read_sealed_checkpoint(folder: Path) -> object:
 
 
 def _read_journal(folder: Path) -> object:
-    with closing(Journal(folder)) as journal:
-        journal.begin(RUN)
-        found: list[object] = [journal.get("ratios", LayerRatios), journal.get_arrays("sums", dict[str, int])]
-        if journal.layers_done:
-            arrays, facts = journal.layer(0, LayerFacts)
-            found += [dict(arrays), facts, journal.stream([jnp.ones((2, 4))], StreamFacts)]
-        return found
+    logging.getLogger(journal_module.__name__).disabled = True  # what is left out is told in a warning
+    try:
+        with closing(Journal(folder)) as journal:
+            journal.begin(RUN)
+            found: list[object] = [journal.get("ratios", LayerRatios), journal.get_arrays("sums", dict[str, int])]
+            if found[-1] is None:
+                raise InputError("the sums were left out")
+            if journal.layers_done:
+                arrays, facts = journal.layer(0, LayerFacts)
+                found += [dict(arrays), facts, journal.stream([jnp.ones((2, 4))], StreamFacts)]
+            return found
+    finally:
+        logging.getLogger(journal_module.__name__).disabled = False
 
 
 def _read_digested_journal(folder: Path) -> object:
@@ -146,14 +154,14 @@ def _sealed(name: str) -> Callable[[Path], object]:
 
 def _lock(folder: Path) -> Path:
     with locked(folder / "out"):
-        content = (folder / ".out.lock").read_bytes()
-    (folder / ".out.lock").write_bytes(content)
+        content = json.loads((folder / ".out.lock").read_text())
+    (folder / ".out.lock").write_text(json.dumps({**content, "boot": ""}))  # so that the host alone says where
     return folder / ".out.lock"
 
 
 def _take_lock(folder: Path) -> None:
     with locked(folder / "out"):
-        pass
+        assert (folder / ".out.lock").is_file()
 
 
 def _safetensors(folder: Path) -> Path:
