@@ -12,7 +12,7 @@ from pathlib import Path
 
 from intraslice_jax.errors import InputError, RunError
 
-_LONGEST_NAME = 255 - len(".12345678.partial.") - len("lock")
+_LONGEST_NAME = 255 - len("..12345678.partial")
 """Bytes; file systems allow 255, and the names of what is unfinished are longer than the output's."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
