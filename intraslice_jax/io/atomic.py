@@ -16,7 +16,7 @@ def check_output(path: str | Path, overwrite: bool) -> Path:
     """Refuses an output that exists, unless it may be overwritten; call it before the work starts."""
     path = Path(path)
     if path.exists() and not overwrite:
-        raise InputError(f"{path} exists already; choose another output or pass --overwrite")
+        raise InputError(f"{path} exists already; choose another output, or replace it with `overwrite=True`")
     for part in (path, *path.parents):
         if part.is_file():
             raise InputError(f"{part} is a file; the output must be a folder")
@@ -30,7 +30,7 @@ def check_file(path: str | Path, overwrite: bool) -> Path:
         raise InputError(f"{path} is a folder; the output must be a file")
     if path.is_file():
         if not overwrite:
-            raise InputError(f"{path} exists already; choose another output or pass --overwrite")
+            raise InputError(f"{path} exists already; choose another output, or replace it with `overwrite=True`")
         return path
     check_output(path, overwrite)
     return path
