@@ -30,6 +30,7 @@ from intraslice_jax.errors import InputError, RunError
 from intraslice_jax.io.atomic import journal_of
 from intraslice_jax.parallel.threads import enough_threads
 from intraslice_jax.settings import closest, load_settings, with_defaults
+from intraslice_jax.xla_flags import known_flags
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -133,7 +134,7 @@ def _without_triton_products() -> None:
     """Leaves matrix products to cuBLAS: XLA would compile many Triton kernels for each, for minutes in float32."""
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_gpu_enable_triton_gemm" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_triton_gemm=false".strip()
+        os.environ["XLA_FLAGS"] = " ".join([flags, *known_flags(["--xla_gpu_enable_triton_gemm=false"])]).strip()
 
 
 def _run(command: ModuleType, options: Any) -> None:

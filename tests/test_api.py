@@ -189,12 +189,8 @@ def test_only_public_names_are_shown():
 
 def test_the_library_names_settings_as_python_has_them():
     """Options of the command line are spelt only by the command line (`cli`, `commands`), which translates."""
-    spelt = {
-        "io/journal.py",
-        "report/comparison.py",
-        "parallel/distributed.py",
-        "settings.py",
-    }  # what a shell is told to do
+    # What is told to a shell, or of a journal that the command line alone replaces.
+    spelt = {"io/journal.py", "report/comparison.py", "parallel/distributed.py", "settings.py"}
     found = []
     for path in sorted((ROOT / "intraslice_jax").rglob("*.py")):
         name = path.relative_to(ROOT / "intraslice_jax").as_posix()

@@ -91,7 +91,7 @@ def check(data: Any, schema: type[T], where: str) -> T:
     Args:
         data: objects, lists, numbers.
         schema: what they must be.
-        where: the file or option, for messages.
+        where: the file or option, for messages; "" where the caller names it.
 
     Raises:
         InputError: the first thing that does not fit, with what was found and expected.
@@ -101,7 +101,7 @@ def check(data: Any, schema: type[T], where: str) -> T:
     except pydantic.ValidationError as error:
         raise InputError(_first_problem(error, where)) from error
     except (ValueError, RecursionError) as error:  # what JSON cannot express, from YAML: a date, a cycle
-        raise InputError(f"{where} holds what JSON cannot express ({' '.join(str(error).split())})") from error
+        raise InputError(f"{where or 'it'} holds what JSON cannot express ({' '.join(str(error).split())})") from error
 
 
 @functools.cache
@@ -113,14 +113,32 @@ def _first_problem(error: pydantic.ValidationError, where: str) -> str:
     """`FILE: layers.0.qk_head_dim must be a valid integer, found '64'`."""
     problem = error.errors(include_url=False)[0]
     name = ".".join(str(part) for part in problem["loc"])
-    subject = f"{where}: {name}" if name else where
+    subject = ": ".join(part for part in (where, name) if part)
     if problem["type"] == "missing":
         return f"{subject} is missing"
     if problem["type"] == "value_error":
         return f"{subject}: {problem['ctx']['error']}"  # pyright: ignore[reportTypedDictNotRequiredAccess]
-    found = repr(problem["input"])
+    found = "nothing" if problem["input"] is None else repr(problem["input"])
     found = found if len(found) <= 60 else f"{found[:60]}..."
     expected = problem["msg"].replace("Input should", "must", 1)
+    for theirs, ours in _WORDS.items():
+        expected = expected.replace(theirs, ours)
     expected = expected[:1].lower() + expected[1:]
     joined = " " if expected.startswith("must") else ": "
     return f"{subject}{joined}{expected}, found {found}"
+
+
+_WORDS = {
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+    "a valid boolean": "true or false",
+    "a valid string": "text",
+    "a valid list": "a list",
+    "a valid array": "a list",
+    "a valid dictionary": "an object",
+    "be greater than or equal to": "be at least",
+    "be less than or equal to": "be at most",
+    "be greater than": "be above",
+    "be less than": "be below",
+}
+"""pydantic's words, and those of our other messages."""
