@@ -1,6 +1,7 @@
 """How long a run is said to take, with a clock that the test moves."""
 
 import io
+import itertools
 
 import pytest
 from rich.console import Console
@@ -97,7 +98,7 @@ def test_time_passes_between_steps():
         seen.append((timeline.left(), timeline.fraction()))
     assert seen[0][0] == pytest.approx(99)
     assert seen[-1][0] == pytest.approx(90)  # a step that is late does not make the others faster
-    assert all(a[1] <= b[1] for a, b in zip(seen, seen[1:], strict=False))
+    assert all(a[1] <= b[1] for a, b in itertools.pairwise(seen))
 
 
 def test_without_an_estimate_the_pace_alone_counts():
