@@ -13,7 +13,7 @@ import numpy as np
 from intraslice_jax.config import ModelConfig
 from intraslice_jax.convert.families import Family, default_rope_pairs
 from intraslice_jax.convert.mapping import Tensor
-from intraslice_jax.convert.sources import TensorSource
+from intraslice_jax.convert.sources import TensorSource, not_read
 from intraslice_jax.errors import InputError
 
 DTYPES = {
@@ -21,10 +21,15 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
-# Tables that older checkpoints store although they follow from the configuration.
-_NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|\.attention\.(masked_)?bias$")
+# Tables that older checkpoints store although they follow from the configuration; transformers ignores them, too.
+_NOT_WEIGHTS = re.compile(
+    r"(rotary_emb\.((original_)?inv_freq|(cos|sin)_cached)|(^|\.)(position_ids|causal_mask)"
+    r"|\.(attention|attn|self_attn)\.(masked_bias|bias))$"
+)
 _LAYER, _BIAS = re.compile(r"\.\d+\."), re.compile(r"\.(self_attn|mlp)\.\w+\.bias$")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_UNTIE = "if the model is not tied, set tie_word_embeddings to false in config.json"
+_WHOLE = ("int32", "int64")
 _CHUNK = 1 << 24  # elements that the search for NaN looks at in one go
 
 
@@ -113,6 +118,9 @@ def _match(tensors: Sequence[Tensor], config: ModelConfig, source: TensorSource)
             names[_EMBEDDING] = _HEAD
         else:
             there.discard(_HEAD)
+    for name in sorted(there.intersection(names.values())):
+        if source.dtypes[name] not in (*DTYPES, "float64", *_WHOLE):
+            raise not_read(source.where, name, source.dtypes[name])
     missing, left = set(names.values()) - there, there - set(names.values())
     absent = _absent_biases(missing, there, source.layers_lack_biases)
     names = {name: stored for name, stored in names.items() if stored not in absent}
@@ -125,12 +133,15 @@ def _match(tensors: Sequence[Tensor], config: ModelConfig, source: TensorSource)
             f"{source.where} does not fit its configuration: missing {_some(missing)}; left over {_some(left)}{hint}"
         )
     for tensor in (tensor for tensor in tensors if tensor.name in names):
-        found = source.shapes[names[tensor.name]]
+        name = names[tensor.name]
+        found = source.shapes[name]
         if found != tensor.shape:
             raise InputError(
                 f"{source.where}: tensor {tensor.name} has shape {list(found)}, "
                 f"the configuration implies {list(tensor.shape)}"
             )
+        if any(path.endswith("rope_pairs") for path in tensor.shapes) != (source.dtypes[name] in _WHOLE):
+            raise InputError(f"{source.where}: tensor {name} must not be {source.dtypes[name]}; the file is damaged")
     return names
 
 
@@ -150,12 +161,13 @@ def _absent_biases(missing: set[str], there: set[str], by_layer: bool) -> set[st
 
 def _check_tied(source: TensorSource) -> None:
     """A tied checkpoint may store the head a second time, but not another one."""
+    if source.shapes[_HEAD] != source.shapes[_EMBEDDING]:
+        raise InputError(f"{source.where}: {_HEAD} and {_EMBEDDING} have different shapes; {_UNTIE}")
     # By digest, so that only one of the two is in memory.
     head, embedding = (hashlib.sha256(source.read(name).view(np.uint8).data).digest() for name in (_HEAD, _EMBEDDING))
     if head != embedding:
         raise InputError(
-            f"{source.where}: {_HEAD} differs from {_EMBEDDING} although tie_word_embeddings is true; "
-            "set it to false in config.json"
+            f"{source.where}: {_HEAD} differs from {_EMBEDDING} although tie_word_embeddings is true; {_UNTIE}"
         )
 
 

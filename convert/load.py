@@ -38,6 +38,10 @@ def open_stored(source: str | Path, dtype: str | None = None) -> StoredModel:
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not supported; expected {', '.join(DTYPES)}")
     path, name = Path(source), str(source)
+    try:
+        path.exists()
+    except OSError as error:  # a name that is too long, no permission
+        raise InputError(f"{name[:200]} cannot be read: {error.strerror}") from error
     if path.is_dir():
         return open_model_folder(path, name, dtype)
     if path.is_file():
