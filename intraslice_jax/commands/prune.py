@@ -82,7 +82,7 @@ def _prune(options: Options, journal: Journal | None) -> None:
     from intraslice_jax.evaluate.samples import sample_texts
     from intraslice_jax.io.memory import return_freed_arrays
     from intraslice_jax.parallel.mesh import make_mesh
-    from intraslice_jax.progress import duration, prune_progress
+    from intraslice_jax.progress import duration, prune_progress, window_progress
     from intraslice_jax.report.schema import VERSION as REPORT_VERSION
     from intraslice_jax.report.single import write_report
     from intraslice_jax.settings import as_settings
@@ -103,7 +103,8 @@ def _prune(options: Options, journal: Journal | None) -> None:
         measuring.finish("perplexity")
     samples = []
     if options.residency == "device" and jax.process_count() == 1:  # elsewhere each token would move all layers
-        samples = sample_texts(model, pruned)
+        with window_progress("sample texts") as on_token:
+            samples = sample_texts(model, pruned, on_token)
         measuring.finish("sample texts")
     report = {
         "format_version": REPORT_VERSION,

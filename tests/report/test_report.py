@@ -417,6 +417,7 @@ def test_wrong_options(run, tmp_path, capsys):
         ([str(run), str(run)], "2 runs are compared in a folder of their own; pass --output"),
         ([str(run), "-o", str(tmp_path / "out")], "exists already"),
         ([str(tmp_path / "out")], "is no run"),
+        (["n" * 300], "cannot be read: File name too long"),
         ([str(run), "nowhere", "-o", str(tmp_path / "new")], "nowhere does not exist"),
     ):
         assert main(["report", *args]) == 2
