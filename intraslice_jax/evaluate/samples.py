@@ -27,14 +27,14 @@ def sample_texts(
         pruned: another one, of the same tokenizer.
         on_token: called with the tokens done and the most that there can be.
     """
-    done = 0
+    done, most, tell = 0, 2 * len(PROMPTS) * NEW_TOKENS, on_token or (lambda done, most: None)
 
     def count(row: int, token: int, text: str) -> None:
         nonlocal done
         done += 1
-        if on_token is not None:
-            on_token(done, 2 * len(PROMPTS) * NEW_TOKENS)
+        tell(done, most)
 
+    tell(0, most)
     try:
         before, after = (generate(model, PROMPTS, NEW_TOKENS, on_token=count).texts for model in (dense, pruned))
     except Exception as error:  # whatever it is
