@@ -26,6 +26,7 @@ _NOT_WEIGHTS = re.compile(
     r"(rotary_emb\.((original_)?inv_freq|(cos|sin)_cached)|(^|\.)(position_ids|causal_mask)"
     r"|\.(attention|attn|self_attn)\.(masked_bias|bias))$"
 )
+_LAYER, _BIAS = re.compile(r"\.\d+\."), re.compile(r"\.(self_attn|mlp)\.\w+\.bias$")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _UNTIE = "if the model is not tied, set tie_word_embeddings to false in config.json"
 _WHOLE = ("int32", "int64")
@@ -60,7 +61,9 @@ class CheckpointArrays(Mapping[str, np.ndarray]):
         if path in self._pairs:
             return self._pairs[path]
         tensor = self._tensors[path]
-        name = self._names[tensor.name]
+        name = self._names.get(tensor.name)
+        if name is None:
+            return np.zeros(tensor.shapes[path], self.dtype)
         return _cast(tensor.unpack(self._read(tensor, name))[path], self.dtype, name, self._source.where)
 
     def part(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
@@ -68,7 +71,9 @@ class CheckpointArrays(Mapping[str, np.ndarray]):
         if path in self._pairs:
             return self._pairs[path][index]
         tensor = self._tensors[path]
-        name = self._names[tensor.name]
+        name = self._names.get(tensor.name)
+        if name is None:
+            return self[path][index]
         part = np.ascontiguousarray(tensor.unpack(self._source.view(name))[path][index])
         _check_finite(part, name, self._source.where)
         return _cast(part, self.dtype, name, self._source.where)
@@ -102,7 +107,10 @@ def stored_dtype(source: TensorSource) -> str:
 
 
 def _match(tensors: Sequence[Tensor], config: ModelConfig, source: TensorSource) -> dict[str, str]:
-    """The name in the checkpoint of every tensor, once none is missing, left over or misshapen."""
+    """The name in the checkpoint of every tensor, once none is missing, left over or misshapen.
+
+    Biases that a checkpoint may leave out have no name.
+    """
     there = {name for name in source.dtypes if not _NOT_WEIGHTS.search(name)}
     names = {tensor.name: tensor.name for tensor in tensors}
     if config.tie_word_embeddings:
@@ -114,6 +122,9 @@ def _match(tensors: Sequence[Tensor], config: ModelConfig, source: TensorSource)
         if source.dtypes[name] not in (*DTYPES, "float64", *_WHOLE):
             raise not_read(source.where, name, source.dtypes[name])
     missing, left = set(names.values()) - there, there - set(names.values())
+    absent = _absent_biases(missing, there, source.layers_lack_biases)
+    names = {name: stored for name, stored in names.items() if stored not in absent}
+    missing -= absent
     if missing or left:
         hint = ""
         if missing == {_HEAD}:
@@ -121,7 +132,7 @@ def _match(tensors: Sequence[Tensor], config: ModelConfig, source: TensorSource)
         raise InputError(
             f"{source.where} does not fit its configuration: missing {_some(missing)}; left over {_some(left)}{hint}"
         )
-    for tensor in tensors:
+    for tensor in (tensor for tensor in tensors if tensor.name in names):
         name = names[tensor.name]
         found = source.shapes[name]
         if found != tensor.shape:
@@ -132,6 +143,20 @@ def _match(tensors: Sequence[Tensor], config: ModelConfig, source: TensorSource)
         if any(path.endswith("rope_pairs") for path in tensor.shapes) != (source.dtypes[name] in _WHOLE):
             raise InputError(f"{source.where}: tensor {name} must not be {source.dtypes[name]}; the file is damaged")
     return names
+
+
+def _absent_biases(missing: set[str], there: set[str], by_layer: bool) -> set[str]:
+    """Of the missing tensors the biases that count as zero, as for transformers and llama.cpp.
+
+    Others of the same module have biases then; where no layer may be an exception, no layer has this one.
+    """
+    modules = {found[1] for name in there if (found := _BIAS.search(name))}
+    projections = set() if by_layer else {_LAYER.sub(".", name) for name in there}
+    return {
+        name
+        for name in missing
+        if (found := _BIAS.search(name)) and found[1] in modules and _LAYER.sub(".", name) not in projections
+    }
 
 
 def _check_tied(source: TensorSource) -> None:
@@ -178,6 +203,6 @@ def _check_finite(array: np.ndarray, name: str, where: str) -> None:
 
 
 def _some(names: set[str], most: int = 4) -> str:
-    listed = sorted(names)
+    listed = sorted(name if name.isprintable() else repr(name) for name in names)
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
     return (", ".join(listed[:most]) or "nothing") + more

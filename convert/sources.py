@@ -55,11 +55,13 @@ class TensorSource(ABC):
         where: the file or folder, for messages.
         dtypes: by tensor, NumPy's name of what it is read as, or the file's of what is not read (`F8_E4M3`).
         shapes: by tensor, as `read` will give it.
+        layers_lack_biases: whether a layer may lack a bias that others have; it is zero then.
     """
 
     where: str
     dtypes: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
+    layers_lack_biases = False
     _viewed: tuple[str, np.ndarray] | None = None
 
     @abstractmethod

@@ -118,7 +118,8 @@ def _adapter(schema: Any) -> pydantic.TypeAdapter:
 def _first_problem(error: pydantic.ValidationError, where: str) -> str:
     """`FILE: layers.0.qk_head_dim must be a valid integer, found '64'`."""
     problem = error.errors(include_url=False)[0]
-    name = ".".join(str(part) for part in problem["loc"])
+    name = ".".join(str(part) for part in problem["loc"])  # keys of the file among them, which may hold anything
+    name = "".join(c if c.isprintable() else "?" for c in name[:200])
     subject = ": ".join(part for part in (where, name) if part)
     if problem["type"] == "missing":
         return f"{subject} is missing"

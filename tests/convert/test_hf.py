@@ -155,6 +155,26 @@ def test_bin_runs_no_code(broken):
     assert not (broken / "ran").exists()
 
 
+def test_biases_of_some_projections_only(tmp_path):
+    """A bias that no layer has is zero, as transformers makes it; one that only a layer lacks is damage."""
+    reference = build("llama-biases")
+    folder = save(reference, tmp_path / "model")
+    gone = [name for name, _ in reference.named_parameters() if name.endswith(("o_proj.bias", "up_proj.bias"))]
+    for name in gone:
+        reference.get_parameter(name).data.zero_()
+    edit_weights(folder, lambda weights: [weights.pop(name) for name in gone])
+    model = load(folder)
+    np.testing.assert_allclose(logits(model, tokens(LONG)), torch_logits(reference, tokens(LONG)), atol=1e-4, rtol=0)
+    edit_weights(folder, lambda weights: weights.pop("model.layers.1.self_attn.q_proj.bias"))
+    with pytest.raises(InputError, match=r"missing model\.layers\.1\.self_attn\.q_proj\.bias; left over nothing"):
+        load(folder)
+
+
+def test_old_spelling_of_llama(broken, llama):
+    edit_config(broken, architectures=["LLaMAForCausalLM"])
+    assert_same_arrays(load(broken), load(llama[1]))
+
+
 def as_bin(folder, content):
     (folder / "model.safetensors").unlink(missing_ok=True)
     torch.save(content, folder / "pytorch_model.bin")
