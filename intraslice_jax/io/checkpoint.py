@@ -31,7 +31,7 @@ from intraslice_jax.io.streaming import StreamedArrays, not_empty, settled, stor
 from intraslice_jax.model import LanguageModel, StoredModel, as_stored
 from intraslice_jax.models.decoder import abstract_arrays, decoder_to_arrays
 from intraslice_jax.parallel.distributed import is_first, shared_folder
-from intraslice_jax.report.schema import check_report
+from intraslice_jax.report.schema import StoredReport
 
 FORMAT = "intraslice-checkpoint"
 VERSION = 1
@@ -152,7 +152,7 @@ def open_checkpoint(path: str | Path, dtype: str | None = None) -> StoredModel:
             "use the version of the program that wrote it"
         )
     description = read_json(path / "config.json", Description, ADVICE)
-    report = check_report(read_json(path / "report.json", dict[str, Any], ADVICE), path / "report.json")
+    report = dict[str, Any](read_json(path / "report.json", StoredReport, ADVICE))
     if is_first():  # the others read no more than their parts of the weights
         check_digests(path, "state")
     try:

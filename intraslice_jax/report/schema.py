@@ -167,18 +167,24 @@ class Settings(TypedDict, total=False):
 
 
 @_open
-class Report(TypedDict, total=False):
+class StoredReport(TypedDict, total=False):
+    """What is read of the report of any checkpoint; whoever made the model may have put anything else in."""
+
+    removed_block_fraction: Removed
+    removed_model_fraction: Removed
+    calibration_samples: Count
+    calibration_sequence_length: Count
+
+
+@_open
+class Report(StoredReport, total=False):
     """What a run recorded."""
 
     model: str
     method: str
     sparsity: Finite
-    removed_block_fraction: Removed
-    removed_model_fraction: Removed
     block_parameters: BeforeAndAfter
     total_parameters: BeforeAndAfter
-    calibration_samples: Count
-    calibration_sequence_length: Count
     layers: Annotated[list[Layer], Field(min_length=1, max_length=MAX_LAYERS)]
     dense_layers: Annotated[list[DenseLayer], Field(min_length=1, max_length=MAX_LAYERS)]
     removed_by_layer: ByModule
