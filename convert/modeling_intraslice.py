@@ -44,7 +44,7 @@ except ImportError:
 # transformers 5.24 gave the argument and the output `past_key_values` the name `cache`.
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 # Attention functions that take values of another width than queries and keys.
-TWO_WIDTHS = ("eager", "paged|eager", "sdpa", "flex_attention")
+TWO_WIDTHS = ("eager", "sdpa", "flex_attention")
 
 
 @strict
@@ -59,8 +59,6 @@ class IntraSliceConfig(PreTrainedConfig):
     keys_to_ignore_at_inference: ClassVar = [CACHE]
     # The name that transformers looks for to see that keys and values may differ in width.
     attribute_map: ClassVar = {"qk_head_dim": "head_dim"}
-    # A paged cache has one shape for all layers and asks for it here; attention fills its keys and values up to it.
-    allow_global_per_layer_attribute_access = True
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -82,6 +80,13 @@ class IntraSliceConfig(PreTrainedConfig):
     sliding_window: int | None = None
     layer_types: list[str] = field(default_factory=list)
     intraslice: dict = field(default_factory=dict)
+
+    def __getattribute__(self, key: str) -> Any:
+        """The top level's value where layers differ; transformers raises, and a paged cache could not be made."""
+        try:
+            return super().__getattribute__(key)
+        except RuntimeError:
+            return self.__dict__[self.attribute_map.get(key, key)]
 
     def validate_architecture(self) -> None:
         """A pruned layer's heads need not divide the hidden size; its description must be complete."""
@@ -170,7 +175,7 @@ def repeat_kv(hidden_states: torch.Tensor, repeats: int) -> torch.Tensor:
 
 
 def fill(x: torch.Tensor, heads: int, width: int) -> torch.Tensor:
-    """[batch, heads, positions, width] with zeros behind the last head and channel."""
+    """[batch, heads, positions, width] with zeros behind the last head and channel: they change no score or output."""
     return nn.functional.pad(x, (0, width - x.shape[-1], 0, 0, 0, heads - x.shape[1]))
 
 
@@ -218,6 +223,7 @@ class IntraSliceAttention(nn.Module):
         self.widest_group = max(sizes)
         self.head_dim = shape["qk_head_dim"]
         self.v_head_dim = shape["v_head_dim"]
+        # A paged cache (continuous batching) takes these from the configuration's top level.
         self.paged_heads = max(layer["query_to_kv"][-1] + 1 for layer in model["layers"])
         self.paged_width = model["head_dim"]
         self.rotary_dim = shape["rotary_dim"]
@@ -273,11 +279,11 @@ class IntraSliceAttention(nn.Module):
         in_kernel = kwargs.get("block_table") is not None  # the kernel itself writes and reads the pages
         if isinstance(cache, Cache):
             key, value = cache.update(key, value, self.layer_idx)
-        elif cache is not None:  # paged, for continuous batching
+        elif cache is not None:  # pages have one shape for all layers
+            kv_heads = key.shape[1]
             key, value = (fill(x, self.paged_heads, self.paged_width) for x in (key, value))
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
             if not in_kernel:
-                kv_heads = self.groups[-1] + 1
                 key, value = key[:, :kv_heads, :, : self.head_dim], value[:, :kv_heads, :, : self.v_head_dim]
 
         implementation = self.config._attn_implementation or "eager"
@@ -291,7 +297,7 @@ class IntraSliceAttention(nn.Module):
             query = fill(query, self.paged_heads * self.widest_group, self.paged_width)
         elif self.ragged:
             key, value = key.index_select(1, self.query_to_kv), value.index_select(1, self.query_to_kv)
-        if implementation not in TWO_WIDTHS:  # zeros change neither scores nor outputs
+        if query.shape[-1] != value.shape[-1] and implementation not in TWO_WIDTHS:
             width = max(query.shape[-1], value.shape[-1])
             query, key, value = (fill(x, x.shape[1], width) for x in (query, key, value))
 
@@ -477,8 +483,16 @@ class IntraSliceForCausalLM(IntraSlicePreTrainedModel, GenerationMixin):
             cache=past_key_values if cache is None else cache,
             **kwargs,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
+        hidden_states, keep = outputs.last_hidden_state, logits_to_keep
+        if isinstance(keep, int):
+            hidden_states = hidden_states[:, -keep:]
+        elif keep.ndim == 1:
+            hidden_states = hidden_states[:, keep]
+        elif keep.dtype == torch.bool:
+            hidden_states = hidden_states[keep]
+        else:  # positions of each row
+            hidden_states = hidden_states.take_along_dim(keep[..., None], dim=1)
+        logits = self.lm_head(hidden_states)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
