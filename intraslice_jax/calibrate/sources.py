@@ -9,7 +9,7 @@ from typing import NamedTuple
 from intraslice_jax.calibrate.data import KNOWN, read_dataset, read_text
 from intraslice_jax.errors import InputError
 
-_TEXT_SUFFIXES = {".csv", ".json", ".jsonl", ".md", ".parquet", ".raw", ".text", ".txt", ".utf8"}
+TEXT_SUFFIXES = {".csv", ".json", ".jsonl", ".md", ".parquet", ".raw", ".text", ".txt", ".utf8"}
 
 
 def read_sources(sources: Sequence[str], split: str, column: str, option: str) -> str:
@@ -30,7 +30,7 @@ def read_sources(sources: Sequence[str], split: str, column: str, option: str) -
     if not missing:
         return read_text([Path(source) for source in sources])
     source = missing[0]
-    if len(sources) > 1 or Path(source).suffix.lower() in _TEXT_SUFFIXES or source.startswith((".", "/", "~")):
+    if len(sources) > 1 or Path(source).suffix.lower() in TEXT_SUFFIXES or source.startswith((".", "/", "~")):
         if not Path(source).is_dir():
             raise InputError(f"{option}: {source} does not exist; give a text file or the name of a data set")
         if len(sources) > 1:
@@ -68,7 +68,7 @@ def read_evaluation(
         InputError: both or none were given, or the text cannot be read.
     """
     if bool(files) == bool(dataset):
-        raise InputError("give either --text FILE or --dataset NAME, to say what perplexity is measured on")
+        raise InputError("give either `text=FILE` or `dataset=NAME`, to say what perplexity is measured on")
     if dataset is None:
         return EvaluationText(", ".join(Path(file).name for file in files), read_text(files), limit)
     recipe = KNOWN.get(dataset.partition("@")[0])

@@ -30,7 +30,8 @@ class Options:
             `NAME:CONFIG`; `NAME@FOLDER` reads a local copy of a well-known one.
         split: which split of the data set; the one the field reports on, `test` mostly, if not given.
         column: which column of the data set holds the text.
-        sequence_length: tokens per window; compare only perplexities of the same length.
+        sequence_length: tokens per window; 2,048, or the model's context where that is shorter, if not given. Compare
+            only perplexities of the same length.
         windows: how many windows from the start of the text; all if not given.
         tasks: names of lm-evaluation-harness, such as arc_easy,piqa (needs the extra `eval`).
         num_fewshot: examples before each question; what the task says if not given, mostly none.
@@ -48,7 +49,7 @@ class Options:
     dataset: str | None = None
     split: str | None = None
     column: str = "text"
-    sequence_length: int = 2048
+    sequence_length: int | None = None
     windows: int | None = None
     tasks: Names = ()
     num_fewshot: int | None = None
@@ -75,6 +76,7 @@ def run(options: Options) -> None:
     from intraslice_jax.io.checkpoint import versions
     from intraslice_jax.parallel.distributed import is_first
     from intraslice_jax.parallel.mesh import make_mesh
+    from intraslice_jax.report.schema import VERSION
     from intraslice_jax.settings import as_settings
 
     text = _read(options)
@@ -91,6 +93,7 @@ def run(options: Options) -> None:
         results = _answer(model, tasks, options)
         facts["tasks"] = [dataclasses.asdict(result) for result in results]
     facts |= {
+        "format_version": VERSION,
         "parameters": model.config.total_parameters(),
         "block_parameters": model.config.block_parameters(),
         "peak_rss_bytes": peak_rss_bytes(),

@@ -1,7 +1,7 @@
 """Estimators of how much each layer can lose, by name (docs/method.md section 4).
 
 A new estimator is one class, or one function, that follows `Estimator`; `ESTIMATORS[name] = MyEstimator()` makes it
-known to `--ratios name`.
+known to `ratios="name"`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 import yaml
 from jaxtyping import Float, Int
+from typing_extensions import TypedDict
 
 from intraslice_jax.calibrate.gradients import GroupGradients, OnBatch, group_gradients, head_grams
 from intraslice_jax.config import ModelConfig, PruneConfig
 from intraslice_jax.errors import InputError
+from intraslice_jax.io.reading import Index
 from intraslice_jax.model import LanguageModel
 from intraslice_jax.prune.allocation import UnitScores, allocate, allocate_evenly
 from intraslice_jax.prune.budget import HeadWidths, LayerRatios
@@ -382,7 +384,7 @@ def _read(path: Path) -> Any:
         text = path.read_text(encoding="utf-8")
         return json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist; --ratios takes a file of ratios or one of {_names()}") from None
+        raise InputError(f"{path} does not exist; `ratios` takes a file of ratios or one of {_names()}") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"{path} is not readable as JSON or YAML: {' '.join(str(error).split())}") from error
 
@@ -397,6 +399,12 @@ def _number(value: Any, where: str) -> float:
     return float(value)
 
 
+class Summed(TypedDict):
+    """Facts of the sums of gradients: over how many sequences."""
+
+    sequences: Index
+
+
 class _Totals:
     """Sums of terms, an array per name and layer, and over how many sequences."""
 
@@ -408,7 +416,7 @@ class _Totals:
     def kept_in(cls, run_log: RunLog | None) -> _Totals:
         """Those of a run that was stopped, or empty ones."""
         totals = cls()
-        kept = None if run_log is None else run_log.get_arrays(GRADIENTS)
+        kept = None if run_log is None else run_log.get_arrays(GRADIENTS, Summed)
         if kept is not None:
             totals._arrays, totals.sequences = kept[0], kept[1]["sequences"]
         return totals
