@@ -84,11 +84,13 @@ def _prune(options: Options, journal: Journal | None) -> None:
 
     started, clock = time.monotonic(), StageClock()
     calibrate = options.calibrate
-    text = read_sources(calibrate.calibration, calibrate.split, calibrate.column, "--calibration")
+    documents = read_sources(calibrate.calibration, calibrate.split, calibrate.column, "--calibration")
     held_out = read_held_out(options) if options.text or options.dataset else None
     if options.residency != "device":
         return_freed_arrays()
     model = api.load(options.model, options.dtype, make_mesh(options.parallel.mesh), options.residency)
+    text = documents.rendered(model.require_tokenizer())
+    held_out = held_out and held_out.rendered(model.require_tokenizer())
     clock.finish("reading")
     with prune_progress(model.config.num_layers) as told:
         pruned = api.prune_calibrated(model, text, options.prune, calibrate, *told, journal=journal)
