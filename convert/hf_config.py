@@ -2,14 +2,91 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field
+from transformers import AutoConfig
+from typing_extensions import TypedDict
 
 from intraslice_jax.config import LayerShape, ModelConfig, RopeConfig, uniform_query_to_kv
+from intraslice_jax.convert.pruned_config import pruned_layers
+from intraslice_jax.convert.rotation import fraction
 from intraslice_jax.errors import InputError
+from intraslice_jax.io.reading import Count, Index, Positive, check
 from intraslice_jax.models.mlp import check_activation
 from intraslice_jax.models.rope import ROPE_TYPES
+
+_Layers = Annotated[int, Field(ge=1, le=10_000)]
+_Heads = Annotated[int, Field(ge=1, le=10_000)]
+_Tokens = Index | list[Index] | None
+
+
+class _Rope(TypedDict, total=False):
+    """`rope_parameters`, or the old `rope_scaling`."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    rope_type: str | None
+    type: str | None
+    rope_theta: Positive | None
+    partial_rotary_factor: Positive | None
+    original_max_position_embeddings: Count | None
+    factor: Positive | None
+    low_freq_factor: Positive | None
+    high_freq_factor: Positive | None
+    attention_factor: Positive | None
+    beta_fast: Positive | None
+    beta_slow: Positive | None
+    mscale: Positive | None
+    mscale_all_dim: Positive | None
+    truncate: bool | None
+    short_factor: list[Positive] | None
+    long_factor: list[Positive] | None
+
+
+class _Fields(TypedDict, total=False):
+    """The fields of all families that say what a model computes; others may stand beside them."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    architectures: list[str] | None
+    model_type: str | None
+    vocab_size: Count
+    hidden_size: Count
+    intermediate_size: Count
+    num_hidden_layers: _Layers
+    num_attention_heads: _Heads
+    num_key_value_heads: _Heads | None
+    head_dim: Count | None
+    hidden_act: str
+    max_position_embeddings: Count
+    original_max_position_embeddings: Count | None
+    rms_norm_eps: Positive
+    layer_norm_eps: Positive
+    tie_word_embeddings: bool | None
+    attention_bias: bool | None
+    mlp_bias: bool | None
+    bos_token_id: _Tokens
+    eos_token_id: _Tokens
+    pad_token_id: _Tokens
+    rope_theta: Positive | None
+    rope_parameters: _Rope | None
+    rope_scaling: _Rope | None
+    partial_rotary_factor: Positive | None
+    sliding_window: Count | None
+    use_sliding_window: bool | None
+    max_window_layers: Index
+    layer_types: list[str] | None
+    no_rope_layers: list[int] | None
+    no_rope_layer_interval: Count
+    qk_layernorm: bool | None
+    is_causal: bool | None
+    is_encoder_decoder: bool | None
+    quantization_config: dict[str, Any] | None
+    per_layer_config: dict[str, Any] | list[Any] | None
+
 
 # What each scaling type needs, and what it may have beside it.
 _REQUIRED = {
@@ -25,62 +102,54 @@ _OPTIONAL = {
     "longrope": ("attention_factor", "factor"),
 }
 
-_LLAMA_TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
-
 
 def llama(raw: Mapping[str, Any], source: str = "") -> ModelConfig:
     """LlamaConfig."""
-    raw = {**_LLAMA_TOKENS, **raw}
-    return _model(raw, source, "llama", attention_output_bias=_flag(raw, "attention_bias"))
+    raw = _completed(raw, "llama")
+    _refuse_windows(raw)
+    return _model(raw, source, attention_output_bias=bool(raw["attention_bias"]))
 
 
 def mistral(raw: Mapping[str, Any], source: str = "") -> ModelConfig:
     """MistralConfig: every layer has the same sliding window, 4096 where the key is missing."""
-    window = _window(raw, 4096)
-    return _model({**_LLAMA_TOKENS, **_without_biases(raw)}, source, "mistral", windows=[window] * _layers(raw))
+    raw = _completed(raw, "mistral")
+    return _model(raw | _NO_BIASES, source, windows=[raw["sliding_window"]] * raw["num_hidden_layers"])
 
 
 def qwen2(raw: Mapping[str, Any], source: str = "") -> ModelConfig:
     """Qwen2Config: biases on queries, keys and values; layers from `max_window_layers` on may have a window."""
-    layers = _layers(raw)
-    window = _window(raw, 4096) if _flag(raw, "use_sliding_window") else None
-    start = raw.get("max_window_layers", 28)
-    types = _layer_types(raw, ["sliding_attention" if i >= start else "full_attention" for i in range(layers)])
-    windows = [window if kind == "sliding_attention" else None for kind in types]
-    return _model({**_without_biases(raw), "attention_bias": True}, source, "qwen2", windows=windows)
+    raw = _completed(raw, "qwen2")
+    window, start = raw["sliding_window"] if raw["use_sliding_window"] else None, raw["max_window_layers"]
+    sliding = [i >= start for i in range(raw["num_hidden_layers"])]
+    return _model(raw | _NO_BIASES | {"attention_bias": True}, source, windows=_windows(raw, window, sliding))
 
 
 def smollm3(raw: Mapping[str, Any], source: str = "") -> ModelConfig:
     """SmolLM3Config: layers that `no_rope_layers` marks with 0 do not rotate."""
-    layers = _layers(raw)
-    interval = _positive(raw, "no_rope_layer_interval", 4)
-    rotated = raw.get("no_rope_layers")
+    raw = _completed(raw, "smollm3")
+    layers, interval, rotated = raw["num_hidden_layers"], raw["no_rope_layer_interval"], raw["no_rope_layers"]
     if rotated is None:
         rotated = [int((i + 1) % interval != 0) for i in range(layers)]
     if len(rotated) < layers:
         raise InputError(f"no_rope_layers must hold {layers} numbers, one per layer, found {len(rotated)}")
-    window = _window(raw, None) if _flag(raw, "use_sliding_window") else None
-    types = _layer_types(raw, ["full_attention" if on else "sliding_attention" for on in rotated[:layers]])
+    window = raw["sliding_window"] if raw["use_sliding_window"] else None
     return _model(
-        {"num_key_value_heads": 4, "tie_word_embeddings": True, **raw},
+        raw,
         source,
-        "smollm3",
         theta=2000000.0,
-        attention_output_bias=_flag(raw, "attention_bias"),
-        windows=[window if kind == "sliding_attention" else None for kind in types],
+        attention_output_bias=bool(raw["attention_bias"]),
+        windows=_windows(raw, window, [not on for on in rotated[:layers]]),
         rotated=[bool(on) for on in rotated[:layers]],
     )
 
 
 def phi3(raw: Mapping[str, Any], source: str = "") -> ModelConfig:
     """Phi3Config: Phi-3, 3.5-mini, 4 and 4-mini. `su` and `yarn` are old names of its `longrope`."""
-    raw = {"original_max_position_embeddings": 4096, "max_position_embeddings": 4096, **_without_biases(raw)}
-    window = _window(raw, None)
+    raw = _completed(raw, "phi3")
     return _model(
-        {"rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 32000, "pad_token_id": 32000, **raw},
+        raw | _NO_BIASES,
         source,
-        "phi3",
-        windows=[window] * _layers(raw),
+        windows=[raw["sliding_window"]] * raw["num_hidden_layers"],
         partial_rotary=1.0,
         rope_types={"su": "longrope", "yarn": "longrope"},
     )
@@ -88,19 +157,13 @@ def phi3(raw: Mapping[str, Any], source: str = "") -> ModelConfig:
 
 def phi(raw: Mapping[str, Any], source: str = "") -> ModelConfig:
     """PhiConfig: Phi-1, 1.5 and 2."""
-    if raw.get("qk_layernorm"):
+    raw = _completed(raw, "phi")
+    if raw["qk_layernorm"]:
         raise InputError("qk_layernorm (a norm on queries and keys) is not supported; supported: qk_layernorm false")
+    _refuse_windows(raw)
     return _model(
-        {
-            "hidden_act": "gelu_new",
-            **_LLAMA_TOKENS,
-            **raw,
-            "rms_norm_eps": raw.get("layer_norm_eps", 1e-5),
-            "attention_bias": True,
-            "mlp_bias": True,
-        },
+        raw | {"rms_norm_eps": raw["layer_norm_eps"], "attention_bias": True, "mlp_bias": True},
         source,
-        "phi",
         partial_rotary=0.5,
         attention_output_bias=True,
         norm="layer",
@@ -111,17 +174,100 @@ def phi(raw: Mapping[str, Any], source: str = "") -> ModelConfig:
 
 
 def intraslice(raw: Mapping[str, Any], source: str = "") -> ModelConfig:
-    """The configuration that this program's own exports carry; `source` is the original model's, inside it."""
+    """This program's own exports; `source` is the original model's configuration, inside this one."""
     del source
-    if not isinstance(raw.get("intraslice"), Mapping):
-        raise InputError("the key intraslice, this program's description of the model, is missing")
-    return ModelConfig.from_json(raw["intraslice"])
+    layers, own = pruned_layers(raw)
+    # Read as an unpruned model's that has these features, with heads that rotate as the original's did.
+    shared = {key: value for key, value in raw.items() if key != "per_layer_config"}
+    shared = _completed({**_NO_TOKENS, **shared}, "llama")
+    for key in ("rope_parameters", "rope_scaling"):  # the modelling file does not look at this one
+        shared[key] = {k: v for k, v in (shared[key] or {}).items() if k != "partial_rotary_factor"}
+    shared |= {
+        "model_type": own["model_type"],
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": own["head_dim"],
+        "partial_rotary_factor": fraction(own["rotary_dim"], own["head_dim"]),
+        "rms_norm_eps": own["norm_eps"],
+        "attention_bias": own["attention_bias"],
+        "mlp_bias": own["mlp_bias"],
+    }
+    features = ("norm", "parallel_block", "gated_mlp", "attention_output_bias", "lm_head_bias")
+    model = _model(shared, own["source"], partial_rotary=1.0, **{name: own[name] for name in features})
+    return model.with_layers(layers)
+
+
+_NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+"""Defaults of our own configuration class."""
+
+_NO_BIASES = {"attention_bias": False, "mlp_bias": False}
+"""Of families without bias options, which ignore them, as transformers does."""
+
+
+def _completed(raw: Mapping[str, Any], model_type: str) -> dict[str, Any]:
+    """The checked file with the defaults of the family's configuration class where a key is missing.
+
+    Raises:
+        InputError: a field has another type or is out of bounds, or changes the mathematics in a way that has no
+            counterpart here.
+    """
+    raw = {**_defaults(model_type), **raw, "model_type": model_type}
+    checked: Mapping[str, Any] = check(raw, _Fields, "")
+    if quantization := checked.get("quantization_config"):
+        method = quantization.get("quant_method", "unknown method")
+        raise InputError(
+            f"quantised weights ({method}) are not supported; use the original float checkpoint or a GGUF file"
+        )
+    if checked.get("per_layer_config"):
+        raise InputError("per_layer_config is not supported in this family")
+    if checked.get("is_causal") is False:
+        raise InputError("is_causal false (attention to later tokens) is not supported; supported: is_causal true")
+    if checked.get("is_encoder_decoder"):
+        raise InputError("is_encoder_decoder true is not supported; supported are decoders")
+    return dict(checked)
+
+
+@functools.cache
+def _defaults(model_type: str) -> dict[str, Any]:
+    """What the configuration class of transformers says where config.json is silent."""
+    default = AutoConfig.for_model(model_type)
+    # Some classes derive these from other fields; a key that is missing must stay so until the file is known.
+    derived = {"head_dim", "layer_types", "no_rope_layers", "per_layer_config"}
+    derived |= {"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"}
+    fields = {name: None if name in derived else getattr(default, name, None) for name in _Fields.__annotations__}
+    declared = type(default).__dataclass_fields__
+    for name in ("num_key_value_heads", "sliding_window"):  # null, or only with use_sliding_window
+        if name in declared:
+            fields[name] = declared[name].default
+    # Not fields of every class, and no default of their own.
+    required = {"architectures", "layer_norm_eps", "rms_norm_eps", "max_window_layers", "no_rope_layer_interval"}
+    return {name: value for name, value in fields.items() if value is not None or name not in required}
+
+
+def _refuse_windows(raw: Mapping[str, Any]) -> None:
+    """In these families transformers masks no window, but its caches forget what is outside of one."""
+    window = raw["sliding_window"]
+    if window is not None and window < raw["max_position_embeddings"]:
+        raise InputError(f"sliding_window {window} is not supported in this family; supported: null")
+
+
+def _windows(raw: Mapping[str, Any], window: int | None, sliding: Sequence[bool]) -> list[int | None]:
+    """The window of each layer; `layer_types` goes before what the family derives."""
+    types = raw["layer_types"]
+    if types is not None:
+        unknown = set(types) - {"full_attention", "sliding_attention"}
+        if unknown or len(types) != len(sliding):
+            found = ", ".join(sorted(unknown)) or f"{len(types)} entries"
+            raise InputError(
+                f"layer_types must hold {len(sliding)} times full_attention or sliding_attention, found {found}"
+            )
+        sliding = [kind == "sliding_attention" for kind in types]
+    return [window if on else None for on in sliding]
 
 
 def _model(
     raw: Mapping[str, Any],
     source: str,
-    model_type: str,
     *,
     windows: Sequence[int | None] | None = None,
     rotated: Sequence[bool] | None = None,
@@ -133,9 +279,8 @@ def _model(
     """What all families share.
 
     Args:
-        raw: the parsed file, completed by what the family's defaults add.
+        raw: the checked file, completed by the family's defaults.
         source: its text.
-        model_type: the family.
         windows: sliding window of each layer.
         rotated: whether each layer rotates queries and keys.
         theta: the family's default RoPE base.
@@ -143,46 +288,38 @@ def _model(
         rope_types: the family's other names of scaling types.
         features: further fields of ModelConfig.
     """
-    _refuse(raw)
-    layers, hidden = _layers(raw), _positive(raw, "hidden_size")
-    heads = _positive(raw, "num_attention_heads")
-    kv_heads = _positive(raw, "num_key_value_heads", heads)
-    query_to_kv = uniform_query_to_kv(heads, kv_heads)
-    if raw.get("head_dim") is None and hidden % heads:
+    layers, hidden, heads = raw["num_hidden_layers"], raw["hidden_size"], raw["num_attention_heads"]
+    query_to_kv = uniform_query_to_kv(heads, raw["num_key_value_heads"] or heads)
+    if raw["head_dim"] is None and hidden % heads:
         raise InputError(f"hidden_size ({hidden}) must be a multiple of num_attention_heads ({heads})")
-    head_dim = _positive(raw, "head_dim", hidden // heads)
-    max_positions = _positive(raw, "max_position_embeddings", 2048)
-    rope, rotary_dim = _rope(raw, head_dim, max_positions, theta, partial_rotary, rope_types or {})
-    hidden_act = raw.get("hidden_act", "silu")
-    check_activation(hidden_act)
-    shapes = [
-        LayerShape(
-            query_to_kv=query_to_kv,
-            qk_head_dim=head_dim,
-            rotary_dim=rotary_dim if rotated is None or rotated[i] else 0,
-            v_head_dim=head_dim,
-            intermediate_size=_positive(raw, "intermediate_size"),
-            sliding_window=None if windows is None else windows[i],
-        )
-        for i in range(layers)
-    ]
+    head_dim = raw["head_dim"] or hidden // heads
+    rope, rotary_dim = _rope(raw, head_dim, theta, partial_rotary, rope_types or {})
+    check_activation(raw["hidden_act"])
+
+    @functools.cache  # layers that are alike are one object
+    def shape(rotary_dim: int, window: int | None) -> LayerShape:
+        return LayerShape(query_to_kv, head_dim, rotary_dim, head_dim, raw["intermediate_size"], window)
+
     return ModelConfig(
-        model_type=model_type,
-        vocab_size=_positive(raw, "vocab_size"),
+        model_type=raw["model_type"],
+        vocab_size=raw["vocab_size"],
         hidden_size=hidden,
         head_dim=head_dim,
         rotary_dim=rotary_dim,
-        layers=tuple(shapes),
+        layers=tuple(
+            shape(rotary_dim if rotated is None or rotated[i] else 0, None if windows is None else windows[i])
+            for i in range(layers)
+        ),
         rope=rope,
-        max_position_embeddings=max_positions,
-        hidden_act=hidden_act,
-        norm_eps=_number("", raw, "rms_norm_eps", 1e-6),
-        tie_word_embeddings=_flag(raw, "tie_word_embeddings"),
-        attention_bias=_flag(raw, "attention_bias"),
-        mlp_bias=_flag(raw, "mlp_bias"),
-        bos_token_id=_token(raw, "bos_token_id"),
-        eos_token_id=_tokens(raw, "eos_token_id"),
-        pad_token_id=_token(raw, "pad_token_id"),
+        max_position_embeddings=raw["max_position_embeddings"],
+        hidden_act=raw["hidden_act"],
+        norm_eps=raw["rms_norm_eps"],
+        tie_word_embeddings=bool(raw["tie_word_embeddings"]),
+        attention_bias=bool(raw["attention_bias"]),
+        mlp_bias=bool(raw["mlp_bias"]),
+        bos_token_id=next(iter(_tokens(raw["bos_token_id"])), None),
+        eos_token_id=_tokens(raw["eos_token_id"]),
+        pad_token_id=next(iter(_tokens(raw["pad_token_id"])), None),
         source=source,
         **features,
     )
@@ -191,15 +328,12 @@ def _model(
 def _rope(
     raw: Mapping[str, Any],
     head_dim: int,
-    max_positions: int,
     theta: float,
     partial_rotary: float | None,
     rope_types: Mapping[str, str],
 ) -> tuple[RopeConfig, int]:
     """The scaling and the rotated channels of a head, from new `rope_parameters` or old `rope_scaling`."""
-    given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if not isinstance(given, Mapping):
-        raise InputError(f"rope_parameters must be a mapping, found {given!r}")
+    given: Mapping[str, Any] = raw["rope_scaling"] or raw["rope_parameters"] or {}
     if any(isinstance(value, Mapping) for value in given.values()):
         raise InputError("rope_parameters that differ between kinds of layers are not supported")
     rope_type = given.get("rope_type") or given.get("type") or "default"
@@ -207,120 +341,41 @@ def _rope(
     if rope_type not in ROPE_TYPES:
         raise InputError(f"rope_type {rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
 
-    both = {**raw, **given}
-    fraction = _number("", both, "partial_rotary_factor", 1.0 if partial_rotary is None else partial_rotary)
+    both = {**raw, **{name: value for name, value in given.items() if value is not None}}
+    fraction = both.get("partial_rotary_factor") or partial_rotary or 1.0
     if partial_rotary is None and fraction != 1:
         raise InputError(f"partial_rotary_factor {fraction} is not supported in this family, expected 1")
-    rotary_dim = int(head_dim * fraction)
-    if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
+    if fraction > 1 or int(head_dim * fraction) % 2 or int(head_dim * fraction) < 2:
         raise InputError(
-            f"partial_rotary_factor {fraction} of head_dim {head_dim} rotates {rotary_dim} channels, "
+            f"partial_rotary_factor {fraction} of head_dim {head_dim} rotates {head_dim * fraction:g} channels, "
             f"expected an even number from 2 to {head_dim}"
         )
+    rotary_dim = int(head_dim * fraction)
     if rope_type == "dynamic" and rotary_dim < 4:
         raise InputError(f"rope_type 'dynamic' needs at least 4 rotated channels, found {rotary_dim}")
 
     parameters: dict[str, Any] = {}
     for name in (*_REQUIRED[rope_type], *_OPTIONAL.get(rope_type, ())):
         value = given.get(name)
-        if value is None and name not in _REQUIRED[rope_type]:
-            continue
-        if name in ("short_factor", "long_factor"):
-            parameters[name] = _factors(name, value, rotary_dim // 2)
-        elif name == "truncate":
-            parameters[name] = bool(value)
-        else:
-            parameters[name] = _number(f"rope_type {rope_type!r}: ", given, name)
+        if value is not None:
+            parameters[name] = _factors(name, value, rotary_dim // 2) if isinstance(value, list) else value
+        elif name in _REQUIRED[rope_type]:
+            raise InputError(f"rope_type {rope_type!r}: {name} is missing")
     if rope_type in ("llama3", "yarn", "longrope"):
         name = "original_max_position_embeddings"
-        parameters[name] = _positive(raw, name, given.get(name) or max_positions)
+        parameters[name] = raw.get(name) or given.get(name) or raw["max_position_embeddings"]
     if rope_type == "llama3" and parameters["high_freq_factor"] <= parameters["low_freq_factor"]:
         raise InputError("rope_type 'llama3': high_freq_factor must be above low_freq_factor")
-    base = _number("", both, "rope_theta", theta)
-    return RopeConfig(base, rope_type, tuple(sorted(parameters.items()))), rotary_dim
+    return RopeConfig(both.get("rope_theta") or theta, rope_type, tuple(sorted(parameters.items()))), rotary_dim
 
 
-def _factors(name: str, value: Any, count: int) -> tuple[float, ...]:
-    good = isinstance(value, list | tuple) and all(isinstance(x, int | float) and x > 0 for x in value)
-    if not good or len(value) != count:
-        found = f"{len(value)} entries" if isinstance(value, list | tuple) else repr(value)
-        raise InputError(f"rope {name} must hold {count} positive numbers, one per frequency, found {found}")
-    return tuple(float(x) for x in value)
-
-
-def _refuse(raw: Mapping[str, Any]) -> None:
-    """Options that change the mathematics and have no counterpart here."""
-    if raw.get("quantization_config"):
-        method = dict(raw["quantization_config"]).get("quant_method", "unknown method")
+def _factors(name: str, factors: Sequence[float], count: int) -> tuple[float, ...]:
+    if len(factors) != count:
         raise InputError(
-            f"quantised weights ({method}) are not supported; use the original float checkpoint or a GGUF file"
+            f"rope {name} must hold {count} positive numbers, one per frequency, found {len(factors)} entries"
         )
-    if raw.get("per_layer_config"):
-        raise InputError("per_layer_config is not supported in this family")
+    return tuple(factors)
 
 
-def _without_biases(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Families without bias options ignore them, as transformers does."""
-    return {key: value for key, value in raw.items() if key not in ("attention_bias", "mlp_bias")}
-
-
-def _layer_types(raw: Mapping[str, Any], default: list[str]) -> list[str]:
-    types = raw.get("layer_types")
-    if types is None:
-        return default
-    unknown = set(types) - {"full_attention", "sliding_attention"}
-    if unknown or len(types) != len(default):
-        found = ", ".join(sorted(unknown)) or f"{len(types)} entries"
-        raise InputError(
-            f"layer_types must hold {len(default)} times full_attention or sliding_attention, found {found}"
-        )
-    return list(types)
-
-
-def _layers(raw: Mapping[str, Any]) -> int:
-    return _positive(raw, "num_hidden_layers")
-
-
-def _window(raw: Mapping[str, Any], default: int | None) -> int | None:
-    """Positions that a query sees; null or a missing key with no default mean all."""
-    if raw.get("sliding_window", default) is None:
-        return None
-    return _positive(raw, "sliding_window", default)
-
-
-def _positive(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = raw.get(key)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        found = "nothing" if value is None else repr(value)
-        raise InputError(f"{key} must be a positive whole number, found {found}")
-    return value
-
-
-def _number(prefix: str, raw: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    value = raw.get(key)
-    value = default if value is None else value
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
-    if value is None or not good:
-        raise InputError(f"{prefix}{key} must be a positive number, found {'nothing' if value is None else value!r}")
-    return float(value)
-
-
-def _flag(raw: Mapping[str, Any], key: str) -> bool:
-    value = raw.get(key)
-    if value not in (None, True, False):
-        raise InputError(f"{key} must be true or false, found {value!r}")
-    return bool(value)
-
-
-def _token(raw: Mapping[str, Any], key: str) -> int | None:
-    tokens = _tokens(raw, key)
-    return tokens[0] if tokens else None
-
-
-def _tokens(raw: Mapping[str, Any], key: str) -> tuple[int, ...]:
-    value = raw.get(key)
-    tokens = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(token, int) for token in tokens):
-        raise InputError(f"{key} must be a token id or a list of them, found {value!r}")
-    return tuple(tokens)
+def _tokens(given: int | list[int] | None) -> tuple[int, ...]:
+    return tuple(given) if isinstance(given, list) else () if given is None else (given,)

@@ -5,10 +5,10 @@ This file travels inside an exported folder and needs nothing but PyTorch and tr
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 
-One class serves every family (Llama, Mistral, Qwen2, Phi-3, Phi-1/1.5/2, ...). `config.intraslice` describes the
-original model and each layer's widths: query heads may share key/value heads in groups of different sizes, queries
-and keys may be wider or narrower than values, and every key/value head keeps its own choice of rotary frequencies.
-The softmax scale stays that of the original head width.
+One class serves every family (Llama, Mistral, Qwen2, Phi-3, Phi-1/1.5/2, ...). `config.per_layer_config` has each
+layer's widths, `config.intraslice` what has no usual key: query heads may share key/value heads in groups of different
+sizes, queries and keys may be wider or narrower than values, and every key/value head keeps its own choice of rotary
+frequencies. The softmax scale stays that of the original head width.
 """
 
 from dataclasses import field
@@ -38,8 +38,10 @@ CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else 
 class IntraSliceConfig(PreTrainedConfig):
     """Configuration of a pruned model.
 
-    `intraslice` holds the description this file builds the model from. Head counts and widths at the top level are
-    the original head width and the largest of the layers; `per_layer_config` has what differs in a layer.
+    Head counts and widths at the top level are the original head width and the largest of the layers;
+    `per_layer_config` has what differs in a layer. `intraslice` holds what transformers has no keys for: the width that
+    sets the softmax scale, features of the family, and of each layer which key/value head its query heads read and how
+    many channels rotate.
     """
 
     model_type = "intraslice"
@@ -186,6 +188,7 @@ class IntraSliceAttention(nn.Module):
     def __init__(self, config: IntraSliceConfig, layer_idx: int) -> None:
         super().__init__()
         model, shape = config.intraslice, config.intraslice["layers"][layer_idx]
+        widths, slides = config.per_layer_config[layer_idx], config.layer_types[layer_idx] == "sliding_attention"
         self.config = config
         self.layer_idx = layer_idx
         self.groups: list[int] = shape["query_to_kv"]
@@ -196,10 +199,10 @@ class IntraSliceAttention(nn.Module):
         self.ragged = len(set(sizes)) > 1
         self.num_key_value_groups = 1 if self.ragged else sizes[0]
         self.widest_group = max(sizes)
-        self.head_dim = shape["qk_head_dim"]
-        self.v_head_dim = shape["v_head_dim"]
+        self.head_dim = widths.head_dim
+        self.v_head_dim = widths.v_head_dim
         self.rotary_dim = shape["rotary_dim"]
-        self.sliding_window = shape["sliding_window"]
+        self.sliding_window = config.sliding_window if slides else None
         self.scaling = model["head_dim"] ** -0.5
         self.is_causal = True
 
@@ -287,7 +290,7 @@ class IntraSliceMLP(nn.Module):
     def __init__(self, config: IntraSliceConfig, layer_idx: int) -> None:
         super().__init__()
         model = config.intraslice
-        inner, bias = model["layers"][layer_idx]["intermediate_size"], model["mlp_bias"]
+        inner, bias = config.per_layer_config[layer_idx].intermediate_size, model["mlp_bias"]
         self.gate_proj = nn.Linear(config.hidden_size, inner, bias=bias) if model["gated_mlp"] else None
         self.up_proj = nn.Linear(config.hidden_size, inner, bias=bias)
         self.down_proj = nn.Linear(inner, config.hidden_size, bias=bias)

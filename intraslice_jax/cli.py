@@ -18,7 +18,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,8 +28,10 @@ from intraslice_jax.commands import _arguments as arguments
 from intraslice_jax.config import PruneConfig, default_preset, preset
 from intraslice_jax.errors import InputError, RunError
 from intraslice_jax.io.atomic import journal_of
+from intraslice_jax.io.lock import locked
 from intraslice_jax.parallel.threads import enough_threads
 from intraslice_jax.settings import load_settings, with_defaults
+from intraslice_jax.xla_flags import known_flags
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -107,6 +109,7 @@ def _prepare_process() -> None:
     """Settings that must precede the import of jax and transformers; the user's own are kept."""
     logging.basicConfig(format="%(message)s")  # before a library has its own way
     logging.getLogger("intraslice_jax").setLevel(logging.INFO)
+    logging.getLogger("huggingface_hub").propagate = False  # it prints by itself
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "intraslice" / "jax"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -125,21 +128,27 @@ def _without_triton_products() -> None:
     """Leaves matrix products to cuBLAS: XLA would compile many Triton kernels for each, for minutes in float32."""
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_gpu_enable_triton_gemm" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_triton_gemm=false".strip()
+        os.environ["XLA_FLAGS"] = " ".join([flags, *known_flags(["--xla_gpu_enable_triton_gemm=false"])]).strip()
 
 
 def _run(command: ModuleType, options: Any) -> None:
-    """Runs a command, in all processes of a run of several at once; only the first of them prints."""
+    """Runs a command, in all processes of a run of several at once; only the first of them prints.
+
+    From the first second to the last no other run can have the same output.
+    """
+    output = getattr(options, "output", None)
+    lock = nullcontext() if output is None else locked(output, getattr(options, "resume", False))
     parallel = getattr(options, "parallel", None)
     joined = () if parallel is None else (parallel.coordinator, parallel.num_processes, parallel.process_id)
     if parallel is None or not (parallel.distributed or any(option is not None for option in joined)):
-        command.run(options)
+        with lock:
+            command.run(options)
         return
     from intraslice_jax.parallel import distributed
 
     distributed.start(parallel)
     try:
-        with distributed.only_first_speaks():
+        with distributed.only_first_speaks(), lock if distributed.is_first() else nullcontext():
             command.run(options)
             distributed.barrier("done")
     except (Exception, KeyboardInterrupt) as error:

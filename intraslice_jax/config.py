@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 from intraslice_jax.errors import InputError
@@ -35,7 +36,7 @@ class LayerShape:
 
     def __post_init__(self) -> None:
         heads = self.query_to_kv
-        if not heads or list(heads) != sorted(heads) or set(heads) != set(range(heads[-1] + 1)):
+        if not heads or heads[0] != 0 or any(after - head not in (0, 1) for head, after in pairwise(heads)):
             raise InputError(f"query_to_kv must count up from 0 without gaps, found {heads}")
         if self.rotary_dim % 2 or not 0 <= self.rotary_dim <= self.qk_head_dim:
             raise InputError(f"rotary_dim {self.rotary_dim} is not an even number up to {self.qk_head_dim}")

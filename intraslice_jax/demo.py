@@ -20,6 +20,7 @@ from intraslice_jax.io.atomic import atomic_folder
 from intraslice_jax.io.checkpoint import versions
 from intraslice_jax.model import LanguageModel
 from intraslice_jax.progress import prune_progress, window_progress
+from intraslice_jax.report.schema import VERSION as REPORT_VERSION
 from intraslice_jax.report.single import write_report
 from intraslice_jax.settings import as_settings
 
@@ -76,10 +77,11 @@ def run_demo(options: Options) -> dict[str, Any]:
             for name in texts
         }
         report = {
+            "format_version": REPORT_VERSION,
             **measured["wiki"],
             **pruned.report,
             "texts": measured,
-            "continuations": {"dense": sample, "pruned": pruned_sample},
+            "samples": [{"prompt": options.prompt, "dense": sample, "pruned": pruned_sample}],
             "command": command_line("demo", options),
             "settings": as_settings(options),
             "versions": versions(),

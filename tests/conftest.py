@@ -2,8 +2,6 @@
 
 import importlib.util
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,24 +17,6 @@ os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-# Two thirds of the suite's time is compilation of programs that run once, on tiny models.
-_QUICKLY_COMPILED = ("--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false")
-
-
-def known_flags(flags: tuple[str, ...]) -> list[str]:
-    """Those of the flags that this jaxlib has: XLA ends a process without a word at one that it does not know."""
-    client = "from jaxlib import xla_client; xla_client.make_cpu_client()"
-
-    def starts(tried: tuple[str, ...]) -> bool:
-        environment = {**os.environ, "XLA_FLAGS": " ".join(tried)}
-        return subprocess.run([sys.executable, "-c", client], env=environment, capture_output=True).returncode == 0
-
-    return list(flags) if starts(flags) else [flag for flag in flags if starts((flag,))]
-
-
-# Once: the environment passes them on to pytest's workers.
-if os.environ["JAX_PLATFORMS"] == "cpu" and "PYTEST_XDIST_WORKER" not in os.environ:
-    os.environ["XLA_FLAGS"] = " ".join([*known_flags(_QUICKLY_COMPILED), os.environ.get("XLA_FLAGS", "")]).strip()
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TQDM_DISABLE"] = "1"  # as the commands do where standard error is no terminal
@@ -45,6 +25,14 @@ import jax  # noqa: E402  (reads the environment)
 
 # Every function and dataclass of the library is checked against its annotations, array shapes included.
 jaxtyping.install_import_hook("intraslice_jax", "beartype.beartype")
+
+from intraslice_jax.xla_flags import known_flags  # noqa: E402  (after the hook)
+
+# Two thirds of the suite's time is compilation of programs that run once, on tiny models. The environment passes the
+# flags on to pytest's workers; XLA reads them when it is first used.
+if os.environ["JAX_PLATFORMS"] == "cpu" and "PYTEST_XDIST_WORKER" not in os.environ:
+    quickly_compiled = known_flags(["--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false"])
+    os.environ["XLA_FLAGS"] = " ".join([*quickly_compiled, os.environ.get("XLA_FLAGS", "")]).strip()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -87,3 +75,11 @@ def _bounded_memory() -> Iterator[None]:
     """Compiled programs of a finished file are let go; the suite would hold gigabytes of them."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_sample_texts() -> Iterator[None]:
+    """They compile programs for every distinct layer, a second per run; tests of reports alone ask for them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("intraslice_jax.evaluate.samples.sample_texts", lambda dense, pruned: [])
+        yield

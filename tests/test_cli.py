@@ -251,6 +251,17 @@ def test_the_version(capsys):
     assert capsys.readouterr().out.startswith("intraslice 0.")
 
 
+@pytest.mark.parametrize(("verbosity", "times"), [({}, 0), ({"HF_HUB_VERBOSITY": "warning"}, 1)])
+def test_the_hub_says_nothing_twice(verbosity, times):
+    code = (
+        "from intraslice_jax import cli; cli._prepare_process(); "
+        "from huggingface_hub.utils import logging; logging.get_logger('huggingface_hub.x').warning('Retrying')"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_VERBOSITY"} | verbosity
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stderr.count("Retrying") == times, done.stderr
+
+
 def test_existing_output(refuse, source, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

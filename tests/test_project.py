@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.conftest import known_flags
+from intraslice_jax.xla_flags import known_flags
 from tests.without_torch import WITHOUT_TORCH
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +28,7 @@ def test_strict_settings():
 
 def test_flags_that_xla_does_not_know_are_left_out():
     kept = "--xla_backend_optimization_level=0"
-    assert known_flags((kept, "--xla_a_flag_of_yesterday=true")) == [kept]
+    assert known_flags([kept, "--xla_a_flag_of_yesterday=true"]) == [kept]
 
 
 @pytest.mark.parametrize("name", ["intraslice_jax", "intraslice_jax.convert"])

@@ -118,6 +118,7 @@ def run(options: Options) -> None:
     compare(model, calibration, evaluation, trials, on_row)
     if not is_first():
         return
+    rows.sort(key=lambda row: row.sparsity)  # the dense model, then the methods beside each other
     with atomic_folder(options.output, options.overwrite) as folder:
         write_json(folder / "compare.json", facts())
         (folder / "compare.csv").write_text(to_csv(rows), encoding="utf-8")

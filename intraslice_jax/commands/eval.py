@@ -75,6 +75,7 @@ def run(options: Options) -> None:
     from intraslice_jax.io.checkpoint import versions
     from intraslice_jax.parallel.distributed import is_first
     from intraslice_jax.parallel.mesh import make_mesh
+    from intraslice_jax.report.schema import VERSION
     from intraslice_jax.settings import as_settings
 
     source = _read(options)
@@ -92,6 +93,7 @@ def run(options: Options) -> None:
         results = _answer(model, tasks, options)
         facts["tasks"] = [dataclasses.asdict(result) for result in results]
     facts |= {
+        "format_version": VERSION,
         "parameters": model.config.total_parameters(),
         "block_parameters": model.config.block_parameters(),
         "peak_rss_bytes": peak_rss_bytes(),

@@ -44,7 +44,7 @@ def run(options: Options) -> None:
     from intraslice_jax.io.memory import return_freed_arrays
 
     is_file = options.format == "gguf"
-    if is_file and options.output.suffix != ".gguf":
+    if is_file and options.output.suffix.lower() != ".gguf":
         raise InputError(f"--format gguf writes a file: expected a name that ends in .gguf, found {options.output}")
     facts_at = Path(f"{options.output}.json") if is_file else options.output / "export.json"
     (check_file if is_file else check_output)(options.output, options.overwrite)

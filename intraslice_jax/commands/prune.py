@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 class Options(HeldOut):
     """Prune a model and write the result as a checkpoint, with a page that shows what was done.
 
-    With a held-out text (`--text` or `--dataset`) the perplexity before and after is measured, too.
+    With a held-out text (`--text` or `--dataset`) the perplexity before and after is measured, too. Sample texts of
+    both models are in the page if the layers stay on the devices of one process.
 
     Attributes:
         model: a folder, a hub id, a .gguf file, or a checkpoint.
@@ -71,14 +72,18 @@ def run(options: Options) -> None:
 
 
 def _prune(options: Options, journal: Journal | None) -> None:
+    import jax
+
     from intraslice_jax import api
     from intraslice_jax.calibrate.sources import read_sources
     from intraslice_jax.commands._output import gibibytes, number, percent, print_table, say
     from intraslice_jax.environment import StageClock, peak_rss_bytes
     from intraslice_jax.evaluate.held_out import measure_both
+    from intraslice_jax.evaluate.samples import sample_texts
     from intraslice_jax.io.memory import return_freed_arrays
     from intraslice_jax.parallel.mesh import make_mesh
     from intraslice_jax.progress import duration, prune_progress
+    from intraslice_jax.report.schema import VERSION as REPORT_VERSION
     from intraslice_jax.report.single import write_report
     from intraslice_jax.settings import as_settings
 
@@ -98,9 +103,15 @@ def _prune(options: Options, journal: Journal | None) -> None:
     if held_out is not None:
         texts[held_out.name] = measure_both(model, pruned, held_out, calibrate.sequence_length)
         measuring.finish("perplexity")
+    samples = []
+    if options.residency == "device" and jax.process_count() == 1:  # elsewhere each token would move all layers
+        samples = sample_texts(model, pruned)
+        measuring.finish("sample texts")
     report = {
+        "format_version": REPORT_VERSION,
         **pruned.report,
         "texts": texts,
+        "samples": samples,
         "stages": [*clock.stages, *pruned.report["stages"], *measuring.stages],
         "command": command_line("prune", options),
         "settings": as_settings(options),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import pydantic
 import pydantic_core
@@ -17,6 +17,12 @@ from pydantic import Field
 from intraslice_jax.errors import InputError
 
 T = TypeVar("T")
+
+if TYPE_CHECKING:
+    Schema = type[T]
+else:
+    # What checks calls in the tests does not take `dict[str, int]` for a type.
+    Schema = Annotated[Any, T]
 
 MAX_DOCUMENT_BYTES = 256 * 2**20
 """Larger than any description of a model or a run; a tokenizer's is some 20 MB."""
@@ -34,7 +40,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 """A finite number above 0."""
 
 
-def read_json(path: Path, schema: type[T], advice: str = "download it again") -> T:
+def read_json(path: Path, schema: Schema[T], advice: str = "download it again") -> T:
     """A JSON file, checked.
 
     Args:
@@ -85,13 +91,13 @@ def parse_json(content: bytes | str, where: str, advice: str = "download it agai
         raise InputError(f"{where} cannot be read as JSON ({error}); {advice}") from error
 
 
-def check(data: Any, schema: type[T], where: str) -> T:
+def check(data: Any, schema: Schema[T], where: str) -> T:
     """Data of a parsed file as the schema's type; lists become tuples where it says so, nothing else is converted.
 
     Args:
         data: objects, lists, numbers.
         schema: what they must be.
-        where: the file or option, for messages.
+        where: the file or option, for messages; "" where the caller names it.
 
     Raises:
         InputError: the first thing that does not fit, with what was found and expected.
@@ -101,7 +107,7 @@ def check(data: Any, schema: type[T], where: str) -> T:
     except pydantic.ValidationError as error:
         raise InputError(_first_problem(error, where)) from error
     except (ValueError, RecursionError) as error:  # what JSON cannot express, from YAML: a date, a cycle
-        raise InputError(f"{where} holds what JSON cannot express ({' '.join(str(error).split())})") from error
+        raise InputError(f"{where or 'it'} holds what JSON cannot express ({' '.join(str(error).split())})") from error
 
 
 @functools.cache
@@ -112,15 +118,34 @@ def _adapter(schema: Any) -> pydantic.TypeAdapter:
 def _first_problem(error: pydantic.ValidationError, where: str) -> str:
     """`FILE: layers.0.qk_head_dim must be a valid integer, found '64'`."""
     problem = error.errors(include_url=False)[0]
-    name = ".".join(str(part) for part in problem["loc"])
-    subject = f"{where}: {name}" if name else where
+    name = ".".join(str(part) for part in problem["loc"])  # keys of the file among them, which may hold anything
+    name = "".join(c if c.isprintable() else "?" for c in name[:200])
+    subject = ": ".join(part for part in (where, name) if part)
     if problem["type"] == "missing":
         return f"{subject} is missing"
     if problem["type"] == "value_error":
         return f"{subject}: {problem['ctx']['error']}"  # pyright: ignore[reportTypedDictNotRequiredAccess]
-    found = repr(problem["input"])
+    found = "nothing" if problem["input"] is None else repr(problem["input"])
     found = found if len(found) <= 60 else f"{found[:60]}..."
     expected = problem["msg"].replace("Input should", "must", 1)
+    for theirs, ours in _WORDS.items():
+        expected = expected.replace(theirs, ours)
     expected = expected[:1].lower() + expected[1:]
     joined = " " if expected.startswith("must") else ": "
     return f"{subject}{joined}{expected}, found {found}"
+
+
+_WORDS = {
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+    "a valid boolean": "true or false",
+    "a valid string": "text",
+    "a valid list": "a list",
+    "a valid array": "a list",
+    "a valid dictionary": "an object",
+    "be greater than or equal to": "be at least",
+    "be less than or equal to": "be at most",
+    "be greater than": "be above",
+    "be less than": "be below",
+}
+"""pydantic's words, and those of our other messages."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from intraslice_jax.config import LayerShape, ModelConfig
 from intraslice_jax.errors import InputError
@@ -36,12 +34,6 @@ class LayerRatios:
     attention: tuple[float, ...]
     mlp: tuple[float, ...]
     heads: tuple[HeadWidths, ...] = ()
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> LayerRatios:
-        """Reads what `dataclasses.asdict` made, through JSON or not."""
-        heads = tuple(HeadWidths(**widths) for widths in data.get("heads", ()))
-        return cls(tuple(data["attention"]), tuple(data["mlp"]), heads)
 
     def sparsity(self, config: ModelConfig) -> float:
         """The fraction of the block parameters that these ratios ask for."""

@@ -18,10 +18,12 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 import yaml
 from jaxtyping import Float, Int
+from typing_extensions import TypedDict
 
 from intraslice_jax.calibrate.gradients import GroupGradients, OnBatch, group_gradients, head_grams
 from intraslice_jax.config import ModelConfig, PruneConfig
 from intraslice_jax.errors import InputError
+from intraslice_jax.io.reading import Index
 from intraslice_jax.model import LanguageModel
 from intraslice_jax.prune.allocation import UnitScores, allocate, allocate_evenly
 from intraslice_jax.prune.budget import HeadWidths, LayerRatios
@@ -397,6 +399,12 @@ def _number(value: Any, where: str) -> float:
     return float(value)
 
 
+class Summed(TypedDict):
+    """Facts of the sums of gradients: over how many sequences."""
+
+    sequences: Index
+
+
 class _Totals:
     """Sums of terms, an array per name and layer, and over how many sequences."""
 
@@ -408,7 +416,7 @@ class _Totals:
     def kept_in(cls, run_log: RunLog | None) -> _Totals:
         """Those of a run that was stopped, or empty ones."""
         totals = cls()
-        kept = None if run_log is None else run_log.get_arrays(GRADIENTS)
+        kept = None if run_log is None else run_log.get_arrays(GRADIENTS, Summed)
         if kept is not None:
             totals._arrays, totals.sequences = kept[0], kept[1]["sequences"]
         return totals

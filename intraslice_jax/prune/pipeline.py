@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
+from typing_extensions import TypedDict
 
 from intraslice_jax.calibrate.gradients import token_gradients
 from intraslice_jax.calibrate.lanes import lanes
@@ -22,6 +23,7 @@ from intraslice_jax.config import LayerShape, ModelConfig, PruneConfig
 from intraslice_jax.environment import StageClock
 from intraslice_jax.errors import InputError
 from intraslice_jax.io.memory import return_freed_blocks
+from intraslice_jax.io.reading import Finite
 from intraslice_jax.model import LanguageModel, on_mesh
 from intraslice_jax.models.decoder import Decoder, block_from_arrays, decoder_from_arrays, decoder_to_arrays
 from intraslice_jax.models.streamed import LayeredArrays, StreamedDecoder
@@ -69,6 +71,19 @@ class LayerRecord:
     mlp_error: float
     notes: dict[str, Any]
     seconds: float
+
+
+class LayerFacts(TypedDict):
+    """What a log keeps of a layer beside its arrays."""
+
+    shape: LayerShape
+    record: LayerRecord
+
+
+class StreamFacts(TypedDict):
+    """What a log keeps beside the stream behind a layer: `Ledger.owed`."""
+
+    owed: Finite
 
 
 def prune_model(
@@ -182,8 +197,8 @@ def _ratios(
     run_log: RunLog | None,
 ) -> LayerRatios:
     """Those that the log holds; else estimates them, and keeps them there if that took a pass over the text."""
-    if run_log is not None and (kept := run_log.get("ratios")) is not None:
-        return LayerRatios.from_json(kept)
+    if run_log is not None and (kept := run_log.get("ratios", LayerRatios)) is not None:
+        return kept
     found = estimate_ratios(model, windows, config, on_batch, run_log)
     if run_log is not None and not isinstance(find_estimator(config.ratios), Uniform | FromFile):
         run_log.put("ratios", dataclasses.asdict(found))
@@ -203,7 +218,7 @@ def _token_weights(
     """
     if config.loss_weight == 0 or config.method != PruneConfig.method:
         return None
-    kept = None if run_log is None else run_log.get_arrays(TOKEN_GRADIENTS)
+    kept = None if run_log is None else run_log.get_arrays(TOKEN_GRADIENTS, dict[str, Any])
     if kept is not None:
         return token_weights(kept[0]["squares"], config.loss_weight)
     found = token_gradients(
@@ -218,8 +233,8 @@ def _layout(
     model: LanguageModel, stream: ResidualStream, ratios: LayerRatios, config: PruneConfig, run_log: RunLog | None
 ) -> UniformLayout:
     """That of the log, or a new one that is kept there."""
-    if run_log is not None and (kept := run_log.get("layout")) is not None:
-        return UniformLayout(**{**kept, "pairs": tuple(kept["pairs"])})
+    if run_log is not None and (kept := run_log.get("layout", UniformLayout)) is not None:
+        return kept
     found = plan_uniform_layout(model, stream, ratios, config)
     if run_log is not None:
         run_log.put("layout", dataclasses.asdict(found))
@@ -317,7 +332,7 @@ def _prune_layers(
     if run_log is not None:
         run_log.flush()
         if streamed:
-            blocks = [PrunedBlock(run_log.layer(i)[0], block.shape) for i, block in enumerate(blocks)]
+            blocks = [PrunedBlock(run_log.layer(i, LayerFacts)[0], block.shape) for i, block in enumerate(blocks)]
     return blocks, records
 
 
@@ -335,7 +350,7 @@ def _finished(
     blocks: list[PrunedBlock] = []
     records: list[LayerRecord] = []
     for i in range(run_log.layers_done):
-        arrays, facts = run_log.layer(i)
+        arrays, facts = run_log.layer(i, LayerFacts)
         if not streamed:
             whole = {name: arrays[name] for name in arrays}
             mesh = stream.mesh
@@ -344,10 +359,10 @@ def _finished(
                 if mesh is None
                 else put_weights(whole, mesh, RULES.in_use(), quiet=True)
             )
-        blocks.append(PrunedBlock(arrays, LayerShape.from_json(facts["shape"])))
-        records.append(LayerRecord(**{**facts["record"], "kept_heads": tuple(facts["record"]["kept_heads"])}))
+        blocks.append(PrunedBlock(arrays, facts["shape"]))
+        records.append(facts["record"])
     more = run_log.layers_done < len(ledger)
-    both, facts = run_log.stream(_streams(stream) if more else [])
+    both, facts = run_log.stream(_streams(stream) if more else [], StreamFacts)
     if stream.dense is not None:
         stream.dense.batches = both[len(stream.batches) :]
     stream.batches = both[: len(stream.batches)]

@@ -154,11 +154,10 @@ class _Keeper:
 
     def take_up(self, layers: Sequence[_Layer]) -> _Progress | None:
         """Brings the layers to where they were when the state was kept; None if there is none."""
-        kept = None if self._log is None else self._log.get_state(STATE)
+        kept = None if self._log is None else self._log.get_state(STATE, _Progress)
         if kept is None:
             return None
-        arrays, facts = kept
-        progress = _Progress(**facts)
+        arrays, progress = kept
         for i, layer in enumerate(layers):  # one at a time: the devices have room for one state only
             prefix = f"{i}."
             wanted = {prefix + k: jax.ShapeDtypeStruct(a.shape, a.dtype) for k, a in layer.learned.items()}

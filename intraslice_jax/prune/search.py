@@ -238,11 +238,7 @@ class _State:
     @classmethod
     def kept_in(cls, run_log: RunLog | None) -> _State | None:
         """That of a run that was stopped."""
-        kept = None if run_log is None else run_log.get(STATE)
-        if kept is None:
-            return None
-        moves = [[Move.from_json(move) for move in layer] for layer in kept["moves"]]
-        return cls(kept["round"], LayerRatios.from_json(kept["ratios"]), moves)
+        return None if run_log is None else run_log.get(STATE, cls)
 
     def keep_in(self, run_log: RunLog | None) -> None:
         """For a run that goes on later."""

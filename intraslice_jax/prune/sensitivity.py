@@ -76,7 +76,7 @@ def divergences(
     train, held_out = split_windows(windows)
     tail = Tail.start(model, held_out)
     costs = np.zeros((2, model.config.num_layers, len(ratios)))
-    measured = [] if run_log is None else run_log.get(MEASURED) or []
+    measured = [] if run_log is None else run_log.get(MEASURED, list[tuple[list[float], list[float]]]) or []
     for layer, found in enumerate(measured):
         costs[:, layer] = found
     first = len(measured)
@@ -91,7 +91,7 @@ def divergences(
         tail.advance_to(variant.layer)
         costs[variant.kind, variant.layer, variant.number] = tail.divergence(variant.block)
         if run_log is not None and (variant.kind, variant.number) == (1, len(ratios) - 1):
-            measured.append(costs[:, variant.layer].tolist())
+            measured.append(tuple(costs[:, variant.layer].tolist()))
             run_log.put(MEASURED, measured)
         if on_batch is not None:
             on_batch(done, costs.size)

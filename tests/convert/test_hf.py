@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_torch_file
 from transformers import AutoModelForCausalLM
 
 from intraslice_jax.config import LayerShape, ModelConfig
@@ -154,6 +155,97 @@ def test_bin_runs_no_code(broken):
     assert not (broken / "ran").exists()
 
 
+def test_biases_of_some_projections_only(tmp_path):
+    """A bias that no layer has is zero, as transformers makes it; one that only a layer lacks is damage."""
+    reference = build("llama-biases")
+    folder = save(reference, tmp_path / "model")
+    gone = [name for name, _ in reference.named_parameters() if name.endswith(("o_proj.bias", "up_proj.bias"))]
+    for name in gone:
+        reference.get_parameter(name).data.zero_()
+    edit_weights(folder, lambda weights: [weights.pop(name) for name in gone])
+    model = load(folder)
+    np.testing.assert_allclose(logits(model, tokens(LONG)), torch_logits(reference, tokens(LONG)), atol=1e-4, rtol=0)
+    edit_weights(folder, lambda weights: weights.pop("model.layers.1.self_attn.q_proj.bias"))
+    with pytest.raises(InputError, match=r"missing model\.layers\.1\.self_attn\.q_proj\.bias; left over nothing"):
+        load(folder)
+
+
+def test_old_spelling_of_llama(broken, llama):
+    edit_config(broken, architectures=["LLaMAForCausalLM"])
+    assert_same_arrays(load(broken), load(llama[1]))
+
+
+def as_bin(folder, content):
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    torch.save(content, folder / "pytorch_model.bin")
+    return folder
+
+
+def test_bin_of_parameters(llama, broken):
+    parameters = {name: torch.nn.Parameter(tensor) for name, tensor in llama[0].state_dict().items()}
+    assert_same_arrays(load(as_bin(broken, parameters)), load(llama[1]))
+
+
+def with_norm(change):
+    def changed(state):
+        name = "model.norm.weight"
+        return {**state, name: change(state[name])}
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (with_norm(lambda t: t.to(torch.float8_e4m3fn)), r"norm\.weight is stored as float8_e4m3fn, expected float32"),
+        (with_norm(lambda t: t.to(torch.complex64)), r"norm\.weight is stored as complex64"),
+        (with_norm(lambda t: t.to_sparse()), r"norm\.weight is stored as sparse_coo"),
+        (with_norm(lambda t: t.to(torch.int32)), r"norm\.weight must not be int32"),
+        (with_norm(lambda t: torch.ones(1).expand(2**45)), r"norm\.weight \[\d+\] is larger than what is stored of it"),
+        (with_norm(lambda t: t.tolist()), r"does not hold a mapping of names to tensors"),
+        (lambda state: {1: state["model.norm.weight"]}, r"does not hold a mapping of names to tensors"),
+        (lambda state: [*state.values()], r"does not hold a mapping of names to tensors"),
+    ],
+)
+def test_bin_of_other_things(llama, broken, change, message):
+    with pytest.raises(InputError, match=message):
+        load(as_bin(broken, change(llama[0].state_dict())))
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_buffers_of_older_classes_are_no_weights(llama, broken, kind):
+    """transformers leaves them aside as well."""
+    attention = "model.layers.0.self_attn."
+    old = {
+        f"{attention}rotary_emb.inv_freq": torch.ones(4),
+        f"{attention}rotary_emb.cos_cached": torch.ones(1, 1, 16, 8, dtype=torch.float16),
+        f"{attention}rotary_emb.sin_cached": torch.ones(1, 1, 16, 8, dtype=torch.bfloat16),
+        f"{attention}bias": torch.ones(1, 1, 16, 16, dtype=torch.bool),
+        f"{attention}masked_bias": torch.tensor(-1e4),
+        "model.causal_mask": torch.ones(16, 16, dtype=torch.bool),
+        "model.embeddings.position_ids": torch.arange(16)[None],
+    }
+    state = {**llama[0].state_dict(), **old}
+    if kind == "bin":
+        as_bin(broken, state)
+    else:
+        save_torch_file(state, broken / "model.safetensors", metadata={"format": "pt"})
+    assert_same_arrays(load(broken), load(llama[1]))
+    reference = AutoModelForCausalLM.from_pretrained(broken)
+    np.testing.assert_allclose(logits(load(broken), tokens(SHORT)), torch_logits(reference, tokens(SHORT)), atol=1e-4)
+
+
+def test_float8_in_safetensors(llama, broken):
+    state = llama[0].state_dict()
+    state["model.norm.weight"] = state["model.norm.weight"].to(torch.float8_e4m3fn)
+    state["model.norm.weight_scale"] = torch.ones(1)
+    save_torch_file(state, broken / "model.safetensors")
+    with pytest.raises(
+        InputError, match=r"norm\.weight is stored as F8_E4M3, expected .*; use the unquantised checkpo"
+    ):
+        load(broken)
+
+
 def test_tied_checkpoint_may_repeat_its_head(tmp_path):
     folder = save(build("llama-mha-tied"), tmp_path)
     single = load(folder)
@@ -295,17 +387,28 @@ def test_real_checkpoint_continues_a_story(shared_data):
             r"hidden_size \(32\) must be a multiple of num_attention_heads \(6\)",
         ),
         ({"num_key_value_heads": 3}, r"must be a multiple of num_key_value_heads \(3\)"),
-        ({"hidden_size": 0}, r"hidden_size must be a positive whole number, found 0"),
-        ({"num_hidden_layers": None}, r"num_hidden_layers must be a positive whole number, found nothing"),
+        ({"hidden_size": 0}, r"hidden_size must be at least 1, found 0"),
+        ({"num_hidden_layers": None}, r"num_hidden_layers must be a whole number, found nothing"),
         ({"hidden_act": "quick_gelu_of_mine"}, r"hidden_act 'quick_gelu_of_mine' is not supported; supported: silu"),
         ({"head_dim": 7}, r"head_dim 7 rotates 7 channels, expected an even number"),
         ({"rope_parameters": {"rope_type": "xpos"}}, r"rope_type 'xpos' is not supported; supported: default"),
-        ({"rope_parameters": {"rope_type": "linear"}}, r"rope_type 'linear': factor must be a positive number"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": -2}}, r"factor must be a positive number, found -2"),
+        ({"rope_parameters": {"rope_type": "linear"}}, r"rope_type 'linear': factor is missing"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": -2}},
+            r"rope_parameters\.factor must be above 0, found -2",
+        ),
         ({"rope_parameters": LLAMA3 | {"high_freq_factor": 1.0}}, r"high_freq_factor must be above low_freq_factor"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, r"differ between kinds of layers"),
-        ({"rms_norm_eps": "tiny"}, r"rms_norm_eps must be a positive number, found 'tiny'"),
+        ({"rms_norm_eps": "tiny"}, r"rms_norm_eps must be a number, found 'tiny'"),
         ({"tie_word_embeddings": "yes"}, r"tie_word_embeddings must be true or false, found 'yes'"),
+        ({"num_hidden_layers": 2**31}, r"num_hidden_layers must be at most 10000, found 2147483648"),
+        ({"hidden_size": 10**400}, r"hidden_size must be at most 2147483647, found 1000"),
+        ({"vocab_size": float("inf")}, r"vocab_size must be a whole number, found inf"),
+        ({"layer_types": 3}, r"layer_types must be a list, found 3"),
+        ({"quantization_config": "gptq"}, r"quantization_config must be an object, found 'gptq'"),
+        ({"is_causal": False}, r"is_causal false \(attention to later tokens\) is not supported"),
+        ({"is_encoder_decoder": True}, r"is_encoder_decoder true is not supported"),
+        ({"sliding_window": 16}, r"sliding_window 16 is not supported in this family"),
         ({"num_hidden_layers": 3}, r"missing model\.layers\.2\..* and 5 more; left over nothing"),
         ({"num_hidden_layers": 1}, r"missing nothing; left over model\.layers\.1\."),
         ({"intermediate_size": 48}, r"mlp\.gate_proj\.weight has shape \[40, 32\], .*implies \[48, 32\]"),
@@ -322,7 +425,7 @@ def test_contradictory_llama(broken, changes, message):
 @pytest.mark.parametrize(
     ("case", "changes", "message"),
     [
-        ("mistral-window", {"sliding_window": 0}, r"sliding_window must be a positive whole number, found 0"),
+        ("mistral-window", {"sliding_window": 0}, r"sliding_window must be at least 1, found 0"),
         ("qwen2-window", {"layer_types": ["full_attention"]}, r"layer_types must hold 2 times .* found 1 entries"),
         ("qwen2-window", {"layer_types": ["chunked"] * 2}, r"layer_types must hold .* found chunked"),
         ("smollm3", {"no_rope_layers": [1]}, r"no_rope_layers must hold 2 numbers, one per layer, found 1"),
@@ -334,15 +437,15 @@ def test_contradictory_llama(broken, changes, message):
         (
             "phi3-longrope",
             {"rope_parameters": LONGROPE | {"short_factor": None}},
-            r"rope short_factor must hold 3 positive numbers",
+            r"rope_type 'longrope': short_factor is missing",
         ),
         (
             "phi3-partial",
             {"rope_parameters": {"partial_rotary_factor": 1.5}},
             r"partial_rotary_factor 1\.5 of head_dim 8 rotates 12 channels",
         ),
-        ("phi3-window-tied", {"sliding_window": 0}, r"sliding_window must be a positive whole number, found 0"),
-        ("qwen2-window", {"sliding_window": -1}, r"sliding_window must be a positive whole number, found -1"),
+        ("phi3-window-tied", {"sliding_window": 0}, r"sliding_window must be at least 1, found 0"),
+        ("qwen2-window", {"sliding_window": -1}, r"sliding_window must be at least 1, found -1"),
         ("phi3", {"num_attention_heads": 5}, r"num_attention_heads \(5\) must be a multiple of num_key_value_heads"),
         (
             "phi",
@@ -352,7 +455,7 @@ def test_contradictory_llama(broken, changes, message):
         (
             "phi3-longrope",
             {"rope_parameters": LONGROPE | {"short_factor": [1.0, -1.0, 2.0]}},
-            r"rope short_factor must hold 3 positive numbers",
+            r"rope_parameters\.short_factor\.1 must be above 0, found -1\.0",
         ),
         ("phi", {"num_key_value_heads": 2}, r"self_attn\.k_proj\.weight has shape \[32, 32\], .* implies \[16, 32\]"),
         ("phi", {"qk_layernorm": True}, r"qk_layernorm .* is not supported"),
@@ -433,13 +536,64 @@ def test_damaged_safetensors(broken):
             load(broken)
 
 
+def header_of(content):
+    end = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:end]), content[end:]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shape": [10**18]}, r"does not fit its 128 bytes"),
+        ({"shape": [10**400]}, r"shape\.0.* must be"),
+        ({"shape": [-32]}, r"shape\.0 must be greater than or equal to 0, found -32"),
+        ({"shape": None}, r"shape must be a valid"),
+        ({"shape": [float("inf")]}, r"shape\.0 must be a valid integer"),
+        ({"dtype": ["F32"]}, r"dtype must be a valid string"),
+        ({"data_offsets": [0, 128]}, r"begins at byte \d+, expected \d+"),
+        ({"data_offsets": [0, 10**18]}, r"begins at byte \d+|does not fit its"),
+        ({"data_offsets": [2**70, 0]}, r"data_offsets\.0 must be less than"),
+        ({"data_offsets": {}}, r"data_offsets must be a valid"),
+    ],
+)
+def test_headers_that_lie(broken, change, message):
+    path = broken / "model.safetensors"
+    header, data = header_of(path.read_bytes())
+    header["model.norm.weight"] |= change
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    with pytest.raises(InputError, match=message) as caught:
+        load(broken)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_header_as_long_as_it_likes(broken):
+    path = broken / "model.safetensors"
+    content = path.read_bytes()
+    for length in (10**18, 2**64 - 1, len(content)):
+        path.write_bytes(length.to_bytes(8, "little") + content[8:])
+        with pytest.raises(InputError, match="truncated or not a safetensors file"):
+            load(broken)
+    deep = b'{"a":' + b"[" * 10**5
+    path.write_bytes(len(deep).to_bytes(8, "little") + deep)
+    with pytest.raises(InputError, match=r"the header of .*model\.safetensors cannot be read as JSON"):
+        load(broken)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(InputError, match=r"model\.safetensors is not a file"):
+        load(broken)
+
+
 def test_index_and_shards(llama, tmp_path):
     folder = save(llama[0], tmp_path, max_shard_size="20KB")
     index = folder / "model.safetensors.index.json"
     whole = index.read_text()
     for text, message in (
         (whole[:200], r"index\.json cannot be read as JSON"),
-        ("{}", r"index\.json has no weight_map"),
+        ("{}", r"index\.json: weight_map is missing"),
+        ('{"weight_map": {"a": 1}}', r"index\.json: weight_map\.a must be a valid string, found 1"),
+        ('{"weight_map":' + "[" * 10**5, r"index\.json cannot be read as JSON"),
+        (whole.replace("model-00001", "x" * 300), r"safetensors cannot be read: File name too long"),
         (whole.replace("model-00001", "../model-00001"), r"names a shard outside its folder"),
         (whole.replace("model-00001", "model-00000"), r"model-00000-of-\d+\.safetensors is missing"),
     ):
@@ -454,6 +608,7 @@ def test_not_a_model(broken, tmp_path):
         (broken / "config.json", r"config\.json is not a model; expected a folder"),
         ("someone/absent", r"someone/absent .* the hub cannot be reached"),
         ("./no/such/folder/here", r"does not exist"),
+        ("x" * 300, r"cannot be read: File name too long"),
     ):
         with pytest.raises(InputError, match=message):
             load(source)
@@ -463,7 +618,7 @@ def test_not_a_model(broken, tmp_path):
     with pytest.raises(InputError, match=r"holds no weights: expected model\.safetensors"):
         load(broken)
     (broken / "config.json").write_text("[1, 2]")
-    with pytest.raises(InputError, match=r"config\.json must hold a JSON object, found a list"):
+    with pytest.raises(InputError, match=r"config\.json must be an object, found \[1, 2\]"):
         load(broken)
     (broken / "config.json").unlink()
     with pytest.raises(InputError, match=r"holds no config\.json; is it a model's folder\?"):

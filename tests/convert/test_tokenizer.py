@@ -293,7 +293,7 @@ def test_damaged_folders(tmp_path, kind):
     for content in ("", "{}", (whole / "tokenizer.json").read_text()[:900], '{"a": ' + "[" * 100_000):
         assert "cannot be read" in damaged("tokenizer.json", content)
     assert "cannot be read" in damaged("tokenizer_config.json", "{")
-    assert "added_tokens.json: <pad> must be a valid integer" in damaged("added_tokens.json", '{"<pad>": "1"}')
+    assert "added_tokens.json: <pad> must be a whole number" in damaged("added_tokens.json", '{"<pad>": "1"}')
     special = {"eos_token": {"content": 3}}
     assert "special_tokens_map.json: eos_token" in damaged("special_tokens_map.json", json.dumps(special))
 
@@ -343,39 +343,39 @@ def test_a_panic_in_rust_is_a_refusal_of_one_line(tmp_path, capfd, changes):
     assert "panicked" not in capfd.readouterr().err
 
 
+@pytest.fixture(scope="module", params=["bpe", "unigram"])
+def sentencepiece_folder(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    spm.SentencePieceTrainer.Train(
+        sentence_iterator=iter([*TEXTS[:4], "the cat and the dog and the bird 1 2 3"] * 5),
+        model_prefix=str(folder / "tokenizer"),
+        model_type=request.param,
+        vocab_size=340,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.vocab").unlink()
+    return folder
+
+
 class TestSentencepiece:
     """Folders with nothing but tokenizer.model, as Meta's Llama 1 and 2 came."""
 
-    @pytest.fixture(scope="class", params=["bpe", "unigram"])
-    def folder(self, request, tmp_path_factory):
-        folder = tmp_path_factory.mktemp(request.param)
-        spm.SentencePieceTrainer.Train(
-            sentence_iterator=iter([*TEXTS[:4], "the cat and the dog and the bird 1 2 3"] * 5),
-            model_prefix=str(folder / "tokenizer"),
-            model_type=request.param,
-            vocab_size=340,
-            byte_fallback=True,
-            split_digits=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            hard_vocab_limit=False,
-            minloglevel=2,
-        )
-        (folder / "tokenizer.vocab").unlink()
-        return folder
-
-    def test_the_ids_are_those_of_sentencepiece(self, folder):
-        reference = spm.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-        tokenizer = tokenizer_from_folder(folder)
+    def test_the_ids_are_those_of_sentencepiece(self, sentencepiece_folder):
+        reference = spm.SentencePieceProcessor(model_file=str(sentencepiece_folder / "tokenizer.model"))
+        tokenizer = tokenizer_from_folder(sentencepiece_folder)
         for text in ["the cat", "The  quick dog\n12 3", *TEXTS[:7]]:
             assert encode(tokenizer, text).tolist() == reference.encode(text)
             assert tokenizer(text).input_ids == [reference.bos_id(), *reference.encode(text)]
 
-    def test_it_is_saved_and_read_again(self, folder, tmp_path):
-        tokenizer_from_folder(folder).save_pretrained(tmp_path)
-        assert (
-            tokenizer_from_folder(tmp_path)("the cat").input_ids == tokenizer_from_folder(folder)("the cat").input_ids
-        )
+    def test_it_is_saved_and_read_again(self, sentencepiece_folder, tmp_path):
+        tokenizer = tokenizer_from_folder(sentencepiece_folder)
+        tokenizer.save_pretrained(tmp_path)
+        assert tokenizer_from_folder(tmp_path)("the cat").input_ids == tokenizer("the cat").input_ids
 
     @pytest.mark.parametrize(
         ("content", "message"),

@@ -3,6 +3,7 @@ import itertools
 import math
 import types
 from contextlib import closing
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -204,17 +205,17 @@ def test_a_damaged_state_is_not_used(tmp_path, caplog):
         learned(model, pruned, tokens, tmp_path / "journal", 20)
     state = tmp_path / "journal" / STATE / "00018"
     files = [path for path in state.rglob("*") if path.is_file()]
-    for file in (max(files, key=lambda path: path.stat().st_size), state / "facts.json", state / "SHA256SUMS"):
+    for file in (max(files, key=lambda path: path.stat().st_size), state / "entry.json", state / "SHA256SUMS"):
         whole = file.read_bytes()
         file.write_bytes(whole[: len(whole) // 2])
         caplog.clear()
         with closing(Journal(tmp_path / "journal")) as journal:
             journal.begin({})
-            assert journal.get_state(STATE) is None
+            assert journal.get_state(STATE, dict[str, Any]) is None
         assert "00018 is damaged" in caplog.text
         assert "learned again" in caplog.text
         file.write_bytes(whole)
-    (state / "facts.json").write_bytes(b"")
+    (state / "entry.json").write_bytes(b"")
     found, told = learned(model, pruned, tokens, tmp_path / "journal")
     assert told[0] == 1
     assert_same(found, refine(model, pruned, tokens, SETTINGS))
