@@ -36,7 +36,7 @@ class Described(TypedDict):
     """A tensor in the header of a safetensors file."""
 
     dtype: str
-    shape: tuple[Size, ...]
+    shape: Annotated[tuple[Size, ...], Field(max_length=64)]  # NumPy has no more dimensions
     data_offsets: tuple[Size, Size]
 
 

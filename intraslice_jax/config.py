@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from intraslice_jax.errors import InputError
 
@@ -204,6 +204,30 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+USUAL_LENGTH = 2048
+"""Tokens per window where neither the user nor a shorter context says otherwise."""
+
+
+def window_length(given: int | None, context: int) -> int:
+    """Tokens per window.
+
+    Args:
+        given: what the user asked for, None for the usual length.
+        context: the most that the model takes.
+
+    Raises:
+        InputError: the user asked for more than the context.
+    """
+    if given is None:
+        return min(USUAL_LENGTH, context)
+    if given > context:
+        raise InputError(
+            f"sequence_length {given} is longer than the model's context of {context} tokens; leave `sequence_length` "
+            f"out, or give {context} or less"
+        )
+    return given
+
+
 @dataclass(frozen=True)
 class CalibrationConfig:
     """Which text the statistics are taken on.
@@ -213,7 +237,7 @@ class CalibrationConfig:
         split: which split of the data set.
         column: which column of the data set, or field of a file, holds the text.
         samples: number of windows.
-        sequence_length: tokens per window.
+        sequence_length: tokens per window; 2,048, or the model's context where that is shorter, if not given.
         seed: seed of the windows' positions.
     """
 
@@ -221,7 +245,7 @@ class CalibrationConfig:
     split: str = "train"
     column: str = "text"
     samples: int = 128
-    sequence_length: int = 2048
+    sequence_length: int | None = None
     seed: int = 0
 
 
@@ -345,6 +369,34 @@ class PruneConfig:
             raise InputError(f"batch_size must be 0 (automatic) or more, found {self.batch_size}")
 
 
+class PruneSettings(TypedDict, total=False):
+    """The fields of `PruneConfig` besides the sparsity: what `intraslice_jax.prune` takes by name."""
+
+    method: str
+    ratios: str
+    max_ratio: float
+    kind_bias: float
+    gradient_group: int
+    grouping: Literal["ragged", "uniform"]
+    layout: Literal["ragged", "uniform"]
+    align: int
+    head_align: int
+    damping: float
+    iterative: Literal["never", "auto", "always"]
+    selection: Literal["energy", "obs"]
+    selection_noise: float
+    value_basis: Literal["activations", "outputs"]
+    pair_selection: Literal["products", "logits"]
+    search_rounds: int
+    search_seconds: float
+    loss_weight: float
+    dense_targets: float
+    refine: int
+    output_biases: bool
+    batch_size: int
+    memory_budget: int
+
+
 PRESETS = {
     "fast": PruneConfig(),
     "paper": PruneConfig(ratios="fisher_pca"),
@@ -380,6 +432,11 @@ def preset(name: str) -> PruneConfig:
     return PRESETS[name]
 
 
+def with_layout(named: PruneConfig, layout: str | None) -> PruneConfig:
+    """The settings of a preset for a layout: `uniform` needs ratios that are uniform, unless others are asked for."""
+    return dataclasses.replace(named, ratios="uniform") if layout == "uniform" else named
+
+
 def check_refine(refine: int, residency: str) -> None:
     """Raises InputError where the layers that a refinement learns all at once would not be on the devices.
 
@@ -389,8 +446,8 @@ def check_refine(refine: int, residency: str) -> None:
     """
     if refine and residency != "device":
         raise InputError(
-            f"refine learns all layers at once, which must be on the devices; give --refine 0 with --residency "
-            f"{residency}"
+            f"refine learns all layers at once, which must be on the devices; give `refine=0` with "
+            f"`residency={residency}`"
         )
 
 

@@ -19,7 +19,8 @@ from intraslice_jax.evaluate.perplexity import perplexity
 from intraslice_jax.io.atomic import atomic_folder
 from intraslice_jax.io.checkpoint import versions
 from intraslice_jax.model import LanguageModel
-from intraslice_jax.progress import prune_progress, window_progress
+from intraslice_jax.planning.estimate import expected_seconds
+from intraslice_jax.progress import run_progress, window_progress
 from intraslice_jax.report.schema import VERSION as REPORT_VERSION
 from intraslice_jax.report.single import write_report
 from intraslice_jax.settings import as_settings
@@ -59,8 +60,11 @@ def run_demo(options: Options) -> dict[str, Any]:
         say("measuring the dense model")
         before, sample = measure(dense), _continuation(dense, options)
         say(f"removing {options.prune.sparsity:.0%} of the decoder blocks")
-        with prune_progress(dense.config.num_layers) as told:
-            pruned = api.prune_calibrated(dense, calibration, options.prune, options.calibrate, *told)
+        with run_progress() as progress:
+            progress.expect(expected_seconds(dense, options.prune, options.calibrate, None))
+            pruned = api.prune_calibrated(
+                dense, calibration, options.prune, options.calibrate, progress.on_layer, progress.tell
+            )
         say("measuring the pruned model")
         after, pruned_sample = measure(pruned), _continuation(pruned, options)
         say("saving and exporting")

@@ -292,7 +292,7 @@ def _check_length(stream: np.ndarray, sequence_length: int) -> None:
     if len(stream) < sequence_length:
         raise InputError(
             f"the text has {len(stream)} tokens, shorter than one window of {sequence_length}; "
-            f"give more text or lower --sequence-length"
+            f"give more text or lower `sequence_length`"
         )
 
 

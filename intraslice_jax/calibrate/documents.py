@@ -99,9 +99,9 @@ def _through_template(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise InputError(
             "the text holds chats, and the model's tokenizer has no chat template to write them with; "
-            "name a field that holds text with --column"
+            "name a field that holds text (`column`)"
         )
-    with refused("the tokenizer's chat template cannot write a chat of the text", "--column names another field"):
+    with refused("the tokenizer's chat template cannot write a chat of the text", "`column` names another field"):
         return str(tokenizer.apply_chat_template(chat, tokenize=False))
 
 
@@ -291,7 +291,7 @@ def column_of(names: Sequence[str], wanted: str, where: str) -> str:
     found = next((name for name in choice if name in names), None)
     if found is None:
         shown = ", ".join(f"{' '.join(name.split()):.40}" for name in names[:20]) + (", ..." if len(names) > 20 else "")
-        raise InputError(f"{where} has no column {wanted!r}; its columns are {shown or 'none'} (--column names one)")
+        raise InputError(f"{where} has no column {wanted!r}; its columns are {shown or 'none'} (`column` names one)")
     return found
 
 

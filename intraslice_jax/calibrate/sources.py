@@ -13,7 +13,7 @@ from intraslice_jax.calibrate.data import KNOWN, read_dataset
 from intraslice_jax.calibrate.documents import Documents, read_files
 from intraslice_jax.errors import InputError
 
-_TEXT_SUFFIXES = {
+TEXT_SUFFIXES = {
     *(".csv", ".json", ".jsonl", ".md", ".ndjson", ".parquet", ".raw", ".text", ".tsv", ".txt", ".utf8"),
     *(".bz2", ".gz", ".xz", ".zip", ".zst"),
 }
@@ -37,7 +37,7 @@ def read_sources(sources: Sequence[str], split: str, column: str, option: str) -
     if not missing:
         return read_files(sources, column)
     source = missing[0]
-    if len(sources) > 1 or Path(source).suffix.lower() in _TEXT_SUFFIXES or source.startswith((".", "/", "~")):
+    if len(sources) > 1 or Path(source).suffix.lower() in TEXT_SUFFIXES or source.startswith((".", "/", "~")):
         if os.path.exists(source) and not os.path.isdir(source):
             raise InputError(f"{option}: {source} is no regular file; write what it holds to a text file")
         if not os.path.isdir(source):
@@ -95,7 +95,7 @@ def read_evaluation(
         InputError: both or none were given, or the text cannot be read.
     """
     if bool(files) == bool(dataset):
-        raise InputError("give either --text FILE or --dataset NAME, to say what perplexity is measured on")
+        raise InputError("give either `text=FILE` or `dataset=NAME`, to say what perplexity is measured on")
     if dataset is None:
         return EvaluationSource(", ".join(Path(file).name for file in files), read_files(files, column), limit)
     recipe = KNOWN.get(dataset.partition("@")[0])

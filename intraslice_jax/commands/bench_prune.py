@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from tyro.conf import OmitArgPrefixes
 
 from intraslice_jax.commands._types import Config, Dtype, JsonOutput, Model
-from intraslice_jax.config import CalibrationConfig, PruneConfig
+from intraslice_jax.config import CalibrationConfig, PruneConfig, window_length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +56,8 @@ def run(options: Options) -> None:
 
     calibrate = options.calibrate
     model = api.load(options.model, options.dtype)
-    api.check_length(model, calibrate.sequence_length)
-    shape = (calibrate.samples, calibrate.sequence_length)
+    length = window_length(calibrate.sequence_length, model.config.max_position_embeddings)
+    shape = (calibrate.samples, length)
     if calibrate.calibration:
         documents = read_sources(calibrate.calibration, calibrate.split, calibrate.column, "--calibration")
         tokenizer = model.require_tokenizer()

@@ -30,7 +30,8 @@ class Options:
             `NAME:CONFIG`; `NAME@FOLDER` reads a local copy of a well-known one.
         split: which split of the data set; the one the field reports on, `test` mostly, if not given.
         column: which column of the data set, or field of a file, holds the text.
-        sequence_length: tokens per window; compare only perplexities of the same length.
+        sequence_length: tokens per window; 2,048, or the model's context where that is shorter, if not given. Compare
+            only perplexities of the same length.
         windows: how many windows from the start of the text; all if not given.
         tasks: names of lm-evaluation-harness, such as arc_easy,piqa (needs the extra `eval`).
         num_fewshot: examples before each question; what the task says if not given, mostly none.
@@ -48,7 +49,7 @@ class Options:
     dataset: str | None = None
     split: str | None = None
     column: str = "text"
-    sequence_length: int = 2048
+    sequence_length: int | None = None
     windows: int | None = None
     tasks: Names = ()
     num_fewshot: int | None = None

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import OmitArgPrefixes
@@ -38,7 +39,8 @@ class Options(HeldOut):
         overwrite: replace OUT if it exists.
         dtype: dtype of the weights; as stored if not given.
         resume: continue an interrupted run of the same command from the journal beside OUT, if there is one.
-        journal: keep finished layers in the folder OUT.journal until OUT is written.
+        journal: do without the folder OUT.journal, which keeps finished layers until OUT is written: an interrupted run
+            cannot be continued then (`journal: false` in YAML).
         residency: where the layers are that are not in use: on the devices, in host memory, or in the model's files.
     """
 
@@ -82,43 +84,53 @@ def _prune(options: Options, journal: Journal | None) -> None:
     from intraslice_jax.evaluate.samples import sample_texts
     from intraslice_jax.io.memory import return_freed_arrays
     from intraslice_jax.parallel.mesh import make_mesh
-    from intraslice_jax.progress import duration, prune_progress
+    from intraslice_jax.planning.estimate import expected_seconds
+    from intraslice_jax.progress import duration, run_progress
     from intraslice_jax.report.schema import VERSION as REPORT_VERSION
     from intraslice_jax.report.single import write_report
     from intraslice_jax.settings import as_settings
 
     started, clock = time.monotonic(), StageClock()
     calibrate = options.calibrate
-    documents = read_sources(calibrate.calibration, calibrate.split, calibrate.column, "--calibration")
-    held_out = read_held_out(options) if options.text or options.dataset else None
-    if options.residency != "device":
-        return_freed_arrays()
-    model = api.load(options.model, options.dtype, make_mesh(options.parallel.mesh), options.residency)
-    text = documents.rendered(model.require_tokenizer())
-    held_out = held_out and held_out.rendered(model.require_tokenizer())
-    clock.finish("reading")
-    with prune_progress(model.config.num_layers) as told:
-        pruned = api.prune_calibrated(model, text, options.prune, calibrate, *told, journal=journal)
-    texts, measuring = {}, StageClock()
-    if held_out is not None:
-        texts[held_out.name] = measure_both(model, pruned, held_out, calibrate.sequence_length)
-        measuring.finish("perplexity")
-    samples = []
-    if options.residency == "device" and jax.process_count() == 1:  # elsewhere each token would move all layers
-        samples = sample_texts(model, pruned)
-        measuring.finish("sample texts")
-    report = {
-        "format_version": REPORT_VERSION,
-        **pruned.report,
-        "texts": texts,
-        "samples": samples,
-        "stages": [*clock.stages, *pruned.report["stages"], *measuring.stages],
-        "command": command_line("prune", options),
-        "settings": as_settings(options),
-        "seconds": time.monotonic() - started,
-        "peak_rss_bytes": peak_rss_bytes(),
-    }
-    api.save(dataclasses.replace(pruned, report=report), options.output, options.overwrite)
+    with run_progress() as progress:
+        progress.tell("reading", 0, 0)
+        documents = read_sources(calibrate.calibration, calibrate.split, calibrate.column, "--calibration")
+        held_out = read_held_out(options) if options.text or options.dataset else None
+        if options.residency != "device":
+            return_freed_arrays()
+        model = api.load(options.model, options.dtype, make_mesh(options.parallel.mesh), options.residency)
+        text, windows = documents.rendered(model.require_tokenizer()), None
+        if held_out is not None:  # a text that is too short is found before the run, not after it
+            held_out = held_out.rendered(model.require_tokenizer())
+            windows = api.text_windows(model, held_out.text, calibrate.sequence_length, held_out.windows)
+        clock.finish("reading")
+        progress.expect(expected_seconds(model, options.prune, calibrate, windows))
+        pruned = api.prune_calibrated(
+            model, text, options.prune, calibrate, progress.on_layer, progress.tell, journal=journal
+        )
+        texts, measuring = {}, StageClock()
+        if held_out is not None and windows is not None:
+            told = partial(progress.tell, "perplexity")
+            texts[held_out.name] = measure_both(model, pruned, held_out, windows, told)
+            measuring.finish("perplexity")
+        samples = []
+        if options.residency == "device" and jax.process_count() == 1:  # elsewhere each token would move all layers
+            progress.tell("sample texts", 0, 0)
+            samples = sample_texts(model, pruned)
+            measuring.finish("sample texts")
+        progress.tell("writing", 0, 0)
+        report = {
+            "format_version": REPORT_VERSION,
+            **pruned.report,
+            "texts": texts,
+            "samples": samples,
+            "stages": [*clock.stages, *pruned.report["stages"], *measuring.stages],
+            "command": command_line("prune", options),
+            "settings": as_settings(options),
+            "seconds": time.monotonic() - started,
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
+        api.save(dataclasses.replace(pruned, report=report), options.output, options.overwrite)
     if not write_report(options.output):
         say("matplotlib is not installed, so report.html has no pictures; pip install 'intraslice-jax[report]'")
     dense, small = model.config, pruned.config

@@ -44,9 +44,10 @@ def check_output(path: str | Path, overwrite: bool) -> Path:
     path = Path(path)
     check_name(path)
     if path.exists() and not overwrite:
-        raise InputError(f"{path} exists already; choose another output or pass --overwrite")
-    if path.is_file():
-        raise InputError(f"{path} is a file; the output must be a folder")
+        raise InputError(f"{path} exists already; choose another output, or replace it with `overwrite=True`")
+    for part in (path, *path.parents):
+        if part.is_file():
+            raise InputError(f"{part} is a file; the output must be a folder")
     return path
 
 
@@ -58,7 +59,7 @@ def check_file(path: str | Path, overwrite: bool) -> Path:
         raise InputError(f"{path} is a folder; the output must be a file")
     if path.is_file():
         if not overwrite:
-            raise InputError(f"{path} exists already; choose another output or pass --overwrite")
+            raise InputError(f"{path} exists already; choose another output, or replace it with `overwrite=True`")
         return path
     check_output(path, overwrite)
     return path

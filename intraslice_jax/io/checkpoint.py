@@ -17,9 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 from pydantic import ConfigDict
 from typing_extensions import TypedDict
@@ -30,9 +28,8 @@ from intraslice_jax.io.digests import check_digests, write_digests
 from intraslice_jax.io.reading import read_json
 from intraslice_jax.io.streaming import StreamedArrays, not_empty, settled, write_failure, write_streamed
 from intraslice_jax.model import LanguageModel, StoredModel, as_stored
-from intraslice_jax.models.decoder import abstract_arrays, decoder_from_arrays, decoder_to_arrays
+from intraslice_jax.models.decoder import abstract_arrays, decoder_to_arrays
 from intraslice_jax.parallel.distributed import is_first, shared_folder
-from intraslice_jax.parallel.rules import weight_shardings
 
 FORMAT = "intraslice-checkpoint"
 VERSION = 1
@@ -114,21 +111,7 @@ def restore(path: str | Path, mesh: Mesh | None = None) -> LanguageModel:
     Raises:
         InputError: the folder is no checkpoint of this program, or is damaged.
     """
-    stored = open_checkpoint(path)
-    placed = _placed(abstract_arrays(stored.config, stored.dtype), mesh)
-    arrays = {name: jnp.zeros(a.shape, a.dtype, device=a.sharding) for name, a in placed.items() if not a.size}
-    try:
-        arrays |= ocp.load(_state(path), not_empty(placed))
-    except Exception as error:  # Orbax raises many kinds for a damaged file.
-        raise _damaged(path, error) from error
-    return LanguageModel(
-        config=stored.config,
-        decoder=decoder_from_arrays(stored.config, arrays),
-        tokenizer=stored.tokenizer,
-        name=stored.name,
-        generation_config=stored.generation_config,
-        report=stored.report,
-    )
+    return open_checkpoint(path).in_memory(mesh)
 
 
 def open_checkpoint(path: str | Path, dtype: str | None = None) -> StoredModel:
@@ -156,7 +139,8 @@ def open_checkpoint(path: str | Path, dtype: str | None = None) -> StoredModel:
         check_digests(path, "state")
     try:
         config = ModelConfig.from_json(description["model"])
-        stored = ocp.metadata(_state(path))
+        with settled():
+            stored = ocp.metadata(_state(path))
         _check_layers(config.num_layers, stored.metadata)
         own_dtype = abstract_arrays(config, description["dtype"])
         _check_shapes(not_empty(own_dtype), stored.metadata)
@@ -208,14 +192,6 @@ def _check_shapes(expected: Mapping[str, Any], stored: Mapping[str, Any]) -> Non
         want, found = (tuple(arrays[name].shape) if name in arrays else None for arrays in (expected, stored))
         if want != found:
             raise InputError(f"config.json describes {name} with shape {want}, state/ holds {found}")
-
-
-def _placed(abstract: dict[str, jax.ShapeDtypeStruct], mesh: Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
-    if mesh is None:
-        shardings = dict.fromkeys(abstract, SingleDeviceSharding(jax.local_devices()[0]))
-    else:
-        shardings = weight_shardings({name: a.shape for name, a in abstract.items()}, mesh)
-    return {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=shardings[name]) for name, a in abstract.items()}
 
 
 def _tokenizer(path: Path):

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 from orbax.checkpoint import v1 as ocp
-from pydantic import StringConstraints
+from pydantic import Field, StringConstraints
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from typing_extensions import TypedDict
@@ -63,7 +63,7 @@ class Sealed(TypedDict):
 class Described(TypedDict):
     """An array of an entry."""
 
-    shape: tuple[Index, ...]
+    shape: Annotated[tuple[Index, ...], Field(max_length=64)]  # NumPy has no more dimensions
     dtype: Literal["float64", "float32", "bfloat16", "float16", "int64", "int32", "uint32", "bool"]
 
 
@@ -232,7 +232,8 @@ class Journal:
         found = dict(zip(wanted, like, strict=True))  # those of size zero are what they should be
         if not_empty(wanted):
             try:
-                found |= ocp.load(str(self._folder.absolute() / part / "state"), not_empty(wanted))
+                with settled():
+                    found |= ocp.load(str(self._folder.absolute() / part / "state"), not_empty(wanted))
             except Exception as error:  # Orbax raises many kinds
                 text = " ".join(str(error).split())[:200]
                 raise InputError(f"{self._folder / part} cannot be read ({text}); {ANEW}") from error

@@ -39,7 +39,7 @@ def write_failure(path: Path, error: BaseException) -> RunError:
 
 @contextmanager
 def settled() -> Iterator[None]:
-    """When Orbax fails to write inside, its threads end before the block does, and say nothing more.
+    """When Orbax fails inside, its threads end before the block does, and say nothing more.
 
     They would go on to make files in a folder that is to be removed.
     """
@@ -120,11 +120,11 @@ class StreamedArrays(Mapping[str, np.ndarray]):
     def part(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
         """`self[path][index]`, for which only that part is read."""
         wanted = self._abstract[path]
-        if not math.prod(wanted.shape):
-            return np.zeros(wanted.shape, wanted.dtype)[index]
         base = {"driver": "file", "path": f"{self._path}/state/"}  # "state" is Orbax's name for a lone tree
         store = {"driver": "auto", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{path}/"}}
         try:
+            if not math.prod(wanted.shape):
+                return np.zeros(wanted.shape, wanted.dtype)[index]
             stored = tensorstore.open(store, open=True, read=True).result()
             found = f"{stored.dtype.name} {list(stored.shape)}"
             if stored.shape == wanted.shape and _kind(stored.dtype.numpy_dtype) == _kind(wanted.dtype):

@@ -142,7 +142,7 @@ def _check_length(model: LanguageModel, rows: list[list[int]], max_new_tokens: i
     # Dynamic scaling is made for contexts beyond the trained one.
     if longest + max_new_tokens > limit and model.config.rope.rope_type != "dynamic":
         room = limit - longest
-        mend = f"lower --max-new-tokens to {room}" if room > 0 else "shorten the prompt"
+        mend = f"lower `max_new_tokens` to {room}" if room > 0 else "shorten the prompt"
         raise InputError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of {model.name}, "
             f"{limit} tokens; {mend}"

@@ -1,7 +1,7 @@
 """Estimators of how much each layer can lose, by name (docs/method.md section 4).
 
 A new estimator is one class, or one function, that follows `Estimator`; `ESTIMATORS[name] = MyEstimator()` makes it
-known to `--ratios name`.
+known to `ratios="name"`.
 """
 
 from __future__ import annotations
@@ -384,7 +384,7 @@ def _read(path: Path) -> Any:
         text = path.read_text(encoding="utf-8")
         return json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist; --ratios takes a file of ratios or one of {_names()}") from None
+        raise InputError(f"{path} does not exist; `ratios` takes a file of ratios or one of {_names()}") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"{path} is not readable as JSON or YAML: {' '.join(str(error).split())}") from error
 

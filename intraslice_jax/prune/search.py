@@ -39,6 +39,9 @@ WIDTH_STEPS = 8
 CHANNEL_STEPS = 16
 """Into how many steps the channels of an MLP are cut."""
 
+LAYER_STEPS = 8
+"""In how many ways a round changes a layer: one step down and one up of each of its four widths."""
+
 SHARES = (1.0, 0.5)
 """Which parts of an exchange are tried: measured one by one, steps cost more together."""
 
@@ -74,7 +77,12 @@ class Search(Resumable):
             return allocate_evenly(model.config, config)
         state = _State.kept_in(run_log)
         if state is None:
-            state = _State(0, KLSensitivity().resumed(model, windows, config, on_batch, run_log), [])
+            told = (
+                None
+                if on_batch is None
+                else lambda done, _: on_batch(done, _modules(model.config, config.search_rounds))
+            )
+            state = _State(0, KLSensitivity().resumed(model, windows, config, told, run_log), [])
         candidates = _Candidates(model, windows, config)
         best, clock = candidates.prune(state.ratios), _Clock(config.search_seconds)
         for number in range(state.round, config.search_rounds):
@@ -124,11 +132,16 @@ class Search(Resumable):
             state.moves.append(measured)
             state.keep_in(run_log)
             if on_batch is not None:
-                done = state.round * dense.num_layers + layer + 1
-                on_batch(done, config.search_rounds * dense.num_layers)
+                done = _modules(dense, state.round) + LAYER_STEPS * (layer + 1)
+                on_batch(done, _modules(dense, config.search_rounds))
             if clock.is_over():
                 break
         return state.moves
+
+
+def _modules(dense: ModelConfig, rounds: int) -> int:
+    """How many are pruned alone: each of the two of a layer before the first round, then steps of widths."""
+    return dense.num_layers * (2 + rounds * LAYER_STEPS)
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def divergences(
         windows: int32 calibration tokens. The last ones are held out for the divergence, unless there is but one.
         config: the method.
         ratios: at which each module is pruned.
-        on_batch: told the measurements done and their number.
+        on_batch: told the measurements done and their number, before the first and after each.
         run_log: keeps what was measured, layer by layer.
     """
     train, held_out = split_windows(windows)
@@ -80,6 +80,8 @@ def divergences(
     for layer, found in enumerate(measured):
         costs[:, layer] = found
     first = len(measured)
+    if on_batch is not None:
+        on_batch(first * 2 * len(ratios), costs.size)
 
     def trials(layer: int) -> Trials:
         inner = model.config.layers[layer].intermediate_size

@@ -144,7 +144,7 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("template", "message"),
         [
-            (None, "no chat template.*--column"),
+            (None, "no chat template.*`column`"),
             ("{% for %}", "template cannot write a chat"),
             ("{{ raise_exception('only\none') }}", r"cannot write a chat of the text \(only one\)"),
             ("{{ messages.__class__.__mro__ }}", "cannot write a chat"),
@@ -170,7 +170,7 @@ class TestFiles:
             ("a.txt", b"some\x01\x02\x03\x04 words", "4 of its 14 characters are control"),
             ("a.txt", b"%PDF-1.7\n1 0 obj", "is a PDF document"),
             ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer"),
-            ("a.jsonl", lines({"body": "x", "n": 1}), r"no column 'text'; its columns are body, n \(--column"),
+            ("a.jsonl", lines({"body": "x", "n": 1}), r"no column 'text'; its columns are body, n \(`column` names"),
             ("a.txt", lines({"body": "x"}, {"n": 1}), "no column 'text'; its columns are body, n"),
             ("a.jsonl", lines({"text": "x"}) + b'{"text": "cut', "line 2 cannot be read as JSON"),
             ("a.jsonl", b"plain words", "cannot be read as JSON or JSON lines"),

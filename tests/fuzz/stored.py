@@ -58,7 +58,6 @@ def targets() -> list[Target]:
             for name, mutations in (
                 ("layers/00000/entry.json", text),
                 ("streams/00000/entry.json", text),
-                ("layers/00000/state/state/_METADATA", text),
                 ("layers/00000/state/state/manifest.ocdbt", data),
                 ("sums/entry.json", text),
                 ("sums/arrays.safetensors", (mutate_bytes, mutate_header)),

@@ -60,7 +60,7 @@ def test_an_error_keeps_what_was_there(tmp_path, error):
 
 def test_what_is_there_is_refused_before_anything_is_written(tmp_path):
     path = old_output(tmp_path)
-    with pytest.raises(InputError, match=r"out exists already.*--overwrite"), atomic_folder(path):
+    with pytest.raises(InputError, match=r"out exists already.*`overwrite=True`"), atomic_folder(path):
         pytest.fail("the block ran")
     assert names(tmp_path) == ["out"]
     assert names(path) == ["old"]

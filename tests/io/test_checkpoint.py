@@ -102,7 +102,7 @@ def test_bfloat16_is_kept_bit_by_bit(flavour, tmp_path):
 
 def test_an_existing_output_is_kept_unless_told_otherwise(model, copy, tmp_path):
     other = make("gqa")
-    with pytest.raises(InputError, match=r"copy exists already.*--overwrite"):
+    with pytest.raises(InputError, match=r"copy exists already.*`overwrite=True`"):
         save(other, copy)
     assert_same_arrays(restore(copy), model)
     save(other, copy, overwrite=True)

@@ -138,8 +138,12 @@ class Passes:
 
     def __init__(self, last=None):
         self.done, self.last = [], last
+        self.begun = False
 
     def __call__(self, done, _):
+        if not self.begun:  # what was done before
+            self.begun = True
+            return
         self.done.append(done)
         if done == self.last:
             raise Stop
