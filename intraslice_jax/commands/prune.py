@@ -115,8 +115,7 @@ def _prune(options: Options, journal: Journal | None) -> None:
             measuring.finish("perplexity")
         samples = []
         if options.residency == "device" and jax.process_count() == 1:  # elsewhere each token would move all layers
-            progress.tell("sample texts", 0, 0)
-            samples = sample_texts(model, pruned)
+            samples = sample_texts(model, pruned, partial(progress.tell, "sample texts"))
             measuring.finish("sample texts")
         progress.tell("writing", 0, 0)
         report = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, NotRequired, cast
 
 from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict
@@ -218,14 +218,14 @@ class Evaluation(TypedDict):
     tasks: NotRequired[list[TaskScores]]
 
 
-def check_report(data: Any, path: Path) -> Report:
+def check_report(data: Any, path: Path) -> dict[str, Any]:
     """A parsed `report.json`, checked; its lists agree about the number of layers.
 
     Raises:
         InputError: something is of a wrong type, out of range, or contradicts the rest.
     """
     check_version(data, path)
-    report = check(data, Report, str(path))
+    report = cast(dict[str, Any], check(data, Report, str(path)))
     _check_lengths(report, path)
     for i, layer in enumerate(report.get("layers", [])):
         if layer["layer"] != i:

@@ -101,7 +101,7 @@ def test_parameters_go_where_they_are_worth_most(from_uniform):
     config = dataclasses.replace(CONFIG, search_rounds=1)
     ratios = estimate_ratios(model, tokens, config, lambda *progress: done.append(progress))
     assert ratios.mlp[1] > 0.3 > min(ratios.attention + ratios.mlp)
-    assert done == [(1, 3), (2, 3), (3, 3)]
+    assert done == [(14, 30), (22, 30), (30, 30)]  # 8 of every layer behind 2 of each
     found = prune_model(model, tokens, CONFIG, ratios=ratios)
     assert [s.num_attention_heads for s in found.config.layers] == [h.num_attention_heads for h in ratios.heads]
     removed = [m.report["removed_block_fraction"] for m in (found, uniform)]
