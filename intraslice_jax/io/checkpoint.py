@@ -20,7 +20,6 @@ from typing import Any, Literal
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 from pydantic import ConfigDict
-from transformers import AutoTokenizer
 from typing_extensions import TypedDict
 
 from intraslice_jax.config import ModelConfig
@@ -212,12 +211,9 @@ def _check_shapes(expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, 
 
 
 def _tokenizer(path: Path):
-    if not (path / "tokenizer_config.json").exists():
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # tokenizers raises bare Exception for a damaged file
-        raise InputError(f"{path}: the tokenizer cannot be read: {_first_line(error)}") from error
+    from intraslice_jax.convert.tokenizer import tokenizer_from_folder  # whose package imports this one
+
+    return tokenizer_from_folder(path)
 
 
 def _first_line(error: BaseException) -> str:
