@@ -47,6 +47,7 @@ class CheckpointArrays(Mapping[str, np.ndarray]):
     """
 
     def __init__(self, family: Family, config: ModelConfig, source: TensorSource, dtype: str | None):
+        _check_layers(config, source)
         tensors = family.tensors(config)
         self._names = _match(tensors, config, source)
         self._source = source
@@ -104,6 +105,16 @@ def stored_dtype(source: TensorSource) -> str:
         if dtype in counts:
             counts[dtype] += math.prod(source.shapes[name])
     return max(counts, key=counts.__getitem__)
+
+
+def _check_layers(config: ModelConfig, source: TensorSource) -> None:
+    """Raises InputError before more layers than there are get described: that takes a while for each."""
+    stored = {found[1] for name in source.dtypes if (found := re.search(r"\.layers\.(\d+)\.", name))}
+    if config.num_layers > len(stored):
+        raise InputError(
+            f"{source.where} holds {len(stored)} layers, the configuration says {config.num_layers}; "
+            "the checkpoint is incomplete, or num_hidden_layers is wrong"
+        )
 
 
 def _match(tensors: Sequence[Tensor], config: ModelConfig, source: TensorSource) -> dict[str, str]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from intraslice_jax.config import ModelConfig
 from intraslice_jax.convert import hf_config
 from intraslice_jax.convert.mapping import Entry, Tensor, resolve
 from intraslice_jax.errors import InputError
+from intraslice_jax.io.reading import check
 from intraslice_jax.models.decoder import abstract_arrays
 
 _LAYER = "model.layers.{i}."
@@ -134,6 +137,16 @@ class Family:
         return tensors
 
 
+_Name = Annotated[str, Field(max_length=200)]
+
+
+class Named(TypedDict, total=False):
+    """What a `config.json` says of its family."""
+
+    architectures: list[_Name] | None
+    model_type: _Name | None
+
+
 FAMILIES = {
     family.architecture: family
     for family in (
@@ -158,7 +171,10 @@ def find_family(config: Mapping[str, Any]) -> Family:
         InputError: the architecture is not supported; the message names it and those that are.
     """
     supported = f"supported: {', '.join(FAMILIES)}"
-    architectures, model_type = config.get("architectures"), config.get("model_type")
+    named: Mapping[str, Any] = check(
+        {key: config[key] for key in ("architectures", "model_type") if key in config}, Named, ""
+    )
+    architectures, model_type = named.get("architectures"), named.get("model_type")
     if isinstance(architectures, list) and architectures:
         name = str(architectures[0])
         family = FAMILIES.get(_OLD_NAMES.get(name, name))

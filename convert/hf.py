@@ -10,18 +10,33 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict
+from typing_extensions import TypedDict
+
 from intraslice_jax.config import ModelConfig
 from intraslice_jax.convert.assemble import CheckpointArrays
 from intraslice_jax.convert.families import Family, find_family
-from intraslice_jax.convert.sources import open_folder, read_json
+from intraslice_jax.convert.hf_config import TokenId
+from intraslice_jax.convert.sources import open_folder
 from intraslice_jax.convert.tokenizer import tokenizer_from_folder
 from intraslice_jax.errors import InputError
+from intraslice_jax.io.reading import read_json
 from intraslice_jax.model import StoredModel
 
 log = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+
+
+class GenerationSettings(TypedDict, total=False):
+    """A generation_config.json; what is not read here goes into exports as it is."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    bos_token_id: TokenId | None
+    eos_token_id: TokenId | list[TokenId] | None
+    pad_token_id: TokenId | None
 
 
 def is_hub_id(text: str) -> bool:
@@ -33,14 +48,21 @@ def read_config(folder: Path) -> tuple[Family, ModelConfig]:
     """Family and description of the model in a folder; nothing else of it is read.
 
     Raises:
-        InputError: there is no `config.json`, it contradicts itself, or the family is not supported.
+        InputError: there is no `config.json`, it contradicts itself, the family is not supported, or there is an
+            adapter beside it, which transformers would apply.
     """
-    path = folder / "config.json"
-    if not path.is_file():
+    path, adapter = folder / "config.json", folder / "adapter_config.json"
+    if adapter.exists():
+        raise InputError(
+            f"{adapter}: the folder holds a PEFT adapter, which is not applied here; merge it first, in Python: "
+            "model.merge_and_unload().save_pretrained(OTHER_FOLDER) of the peft model, and name OTHER_FOLDER; "
+            "if its weights are merged already, remove adapter_config.json"
+        )
+    if not path.exists():
         others = sorted(file for file in folder.glob("*") if file.suffix.lower() == ".gguf")
         hint = f"; to load the GGUF file in it, name {others[0]}" if others else "; is it a model's folder?"
         raise InputError(f"{folder} holds no config.json{hint}")
-    raw = read_json(path)
+    raw: dict[str, Any] = read_json(path, dict)
     try:
         family = find_family(raw)
         return family, family.read_config(raw, json.dumps(raw, indent=2, ensure_ascii=False))
@@ -58,7 +80,7 @@ def open_model_folder(folder: Path, name: str, dtype: str | None) -> StoredModel
     source = open_folder(folder)
     tokenizer = tokenizer_from_folder(folder)
     generation = folder / "generation_config.json"
-    settings: dict[str, Any] = read_json(generation) if generation.is_file() else {}
+    settings = dict(read_json(generation, GenerationSettings)) if generation.exists() else {}
     arrays = CheckpointArrays(family, config, source, dtype)
     return StoredModel(config, arrays, arrays.dtype.name, tokenizer, name, settings)
 
@@ -71,7 +93,10 @@ def fetch(hub_id: str) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    read_config(fetch_config(hub_id))
+    log.info("asking the Hugging Face hub for model %s", hub_id)
+    with _hub_errors(hub_id):
+        folder = Path(snapshot_download(hub_id, allow_patterns=_SMALL_FILES))
+    read_config(folder)
     with _hub_errors(hub_id):
         folder = Path(snapshot_download(hub_id, allow_patterns=[*_SMALL_FILES, "model*.safetensors"]))
         if not any(folder.glob("model*.safetensors")):

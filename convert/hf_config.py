@@ -20,7 +20,12 @@ from intraslice_jax.models.rope import ROPE_TYPES
 
 _Layers = Annotated[int, Field(ge=1, le=10_000)]
 _Heads = Annotated[int, Field(ge=1, le=10_000)]
-_Tokens = Index | list[Index] | None
+_Theta = Annotated[float, Field(gt=1, le=1e15)]
+_Scale = Annotated[float, Field(ge=1e-6, le=1e12)]
+_Epsilon = Annotated[float, Field(gt=0, le=1)]
+
+TokenId = Annotated[int, Field(ge=-1, le=2**31 - 1)]
+"""Some files say -1 where there is none."""
 
 
 class _Rope(TypedDict, total=False):
@@ -30,20 +35,20 @@ class _Rope(TypedDict, total=False):
 
     rope_type: str | None
     type: str | None
-    rope_theta: Positive | None
+    rope_theta: _Theta | None
     partial_rotary_factor: Positive | None
     original_max_position_embeddings: Count | None
-    factor: Positive | None
-    low_freq_factor: Positive | None
-    high_freq_factor: Positive | None
-    attention_factor: Positive | None
-    beta_fast: Positive | None
-    beta_slow: Positive | None
-    mscale: Positive | None
-    mscale_all_dim: Positive | None
-    truncate: bool | None
-    short_factor: list[Positive] | None
-    long_factor: list[Positive] | None
+    factor: _Scale | None
+    low_freq_factor: _Scale | None
+    high_freq_factor: _Scale | None
+    attention_factor: _Scale | None
+    beta_fast: _Scale | None
+    beta_slow: _Scale | None
+    mscale: _Scale | None
+    mscale_all_dim: _Scale | None
+    truncate: bool
+    short_factor: list[_Scale] | None
+    long_factor: list[_Scale] | None
 
 
 class _Fields(TypedDict, total=False):
@@ -63,15 +68,15 @@ class _Fields(TypedDict, total=False):
     hidden_act: str
     max_position_embeddings: Count
     original_max_position_embeddings: Count | None
-    rms_norm_eps: Positive
-    layer_norm_eps: Positive
+    rms_norm_eps: _Epsilon
+    layer_norm_eps: _Epsilon
     tie_word_embeddings: bool | None
     attention_bias: bool | None
     mlp_bias: bool | None
-    bos_token_id: _Tokens
-    eos_token_id: _Tokens
-    pad_token_id: _Tokens
-    rope_theta: Positive | None
+    bos_token_id: TokenId | None
+    eos_token_id: TokenId | list[TokenId] | None
+    pad_token_id: TokenId | None
+    rope_theta: _Theta | None
     rope_parameters: _Rope | None
     rope_scaling: _Rope | None
     partial_rotary_factor: Positive | None
@@ -82,11 +87,21 @@ class _Fields(TypedDict, total=False):
     no_rope_layers: list[int] | None
     no_rope_layer_interval: Count
     qk_layernorm: bool | None
-    is_causal: bool | None
-    is_encoder_decoder: bool | None
     quantization_config: dict[str, Any] | None
-    per_layer_config: dict[str, Any] | list[Any] | None
 
+
+_REFUSED = {
+    "is_encoder_decoder": "true",
+    "per_layer_config": "other widths or windows in single layers",
+    "attention_chunk_size": "attention within chunks",
+    "kv_sharing_modes": "layers that share keys and values",
+    "attribute_map": "fields that stand for others",
+    "text_config": "a configuration inside this one",
+    "text_encoder": "a configuration inside this one",
+    "decoder": "a configuration inside this one",
+    "generator": "a configuration inside this one",
+}
+"""Fields that transformers honours whatever the family, and what they would mean; null, false and nothing are fine."""
 
 # What each scaling type needs, and what it may have beside it.
 _REQUIRED = {
@@ -106,6 +121,7 @@ _OPTIONAL = {
 def llama(raw: Mapping[str, Any], source: str = "") -> ModelConfig:
     """LlamaConfig."""
     raw = _completed(raw, "llama")
+    _windows(raw, None, [False] * raw["num_hidden_layers"])
     _refuse_windows(raw)
     return _model(raw, source, attention_output_bias=bool(raw["attention_bias"]))
 
@@ -113,7 +129,7 @@ def llama(raw: Mapping[str, Any], source: str = "") -> ModelConfig:
 def mistral(raw: Mapping[str, Any], source: str = "") -> ModelConfig:
     """MistralConfig: every layer has the same sliding window, 4096 where the key is missing."""
     raw = _completed(raw, "mistral")
-    return _model(raw | _NO_BIASES, source, windows=[raw["sliding_window"]] * raw["num_hidden_layers"])
+    return _model(raw | _NO_BIASES, source, windows=_same_window(raw))
 
 
 def qwen2(raw: Mapping[str, Any], source: str = "") -> ModelConfig:
@@ -149,7 +165,7 @@ def phi3(raw: Mapping[str, Any], source: str = "") -> ModelConfig:
     return _model(
         raw | _NO_BIASES,
         source,
-        windows=[raw["sliding_window"]] * raw["num_hidden_layers"],
+        windows=_same_window(raw),
         partial_rotary=1.0,
         rope_types={"su": "longrope", "yarn": "longrope"},
     )
@@ -160,6 +176,7 @@ def phi(raw: Mapping[str, Any], source: str = "") -> ModelConfig:
     raw = _completed(raw, "phi")
     if raw["qk_layernorm"]:
         raise InputError("qk_layernorm (a norm on queries and keys) is not supported; supported: qk_layernorm false")
+    _windows(raw, None, [False] * raw["num_hidden_layers"])
     _refuse_windows(raw)
     return _model(
         raw | {"rms_norm_eps": raw["layer_norm_eps"], "attention_bias": True, "mlp_bias": True},
@@ -211,20 +228,23 @@ def _completed(raw: Mapping[str, Any], model_type: str) -> dict[str, Any]:
         InputError: a field has another type or is out of bounds, or changes the mathematics in a way that has no
             counterpart here.
     """
-    raw = {**_defaults(model_type), **raw, "model_type": model_type}
-    checked: Mapping[str, Any] = check(raw, _Fields, "")
-    if quantization := checked.get("quantization_config"):
+    checked: Mapping[str, Any] = check({**_defaults(model_type), **raw, "model_type": model_type}, _Fields, "")
+    _refuse(checked)
+    return dict(checked)
+
+
+def _refuse(raw: Mapping[str, Any]) -> None:
+    """Raises InputError for what changes the mathematics and has no counterpart here."""
+    if quantization := raw.get("quantization_config"):
         method = quantization.get("quant_method", "unknown method")
         raise InputError(
             f"quantised weights ({method}) are not supported; use the original float checkpoint or a GGUF file"
         )
-    if checked.get("per_layer_config"):
-        raise InputError("per_layer_config is not supported in this family")
-    if checked.get("is_causal") is False:
+    if not raw.get("is_causal", True):  # to transformers null and 0 are false as well
         raise InputError("is_causal false (attention to later tokens) is not supported; supported: is_causal true")
-    if checked.get("is_encoder_decoder"):
-        raise InputError("is_encoder_decoder true is not supported; supported are decoders")
-    return dict(checked)
+    for name, meaning in _REFUSED.items():
+        if raw.get(name):
+            raise InputError(f"{name} ({meaning}) is not supported; remove it if the model does without")
 
 
 @functools.cache
@@ -232,7 +252,7 @@ def _defaults(model_type: str) -> dict[str, Any]:
     """What the configuration class of transformers says where config.json is silent."""
     default = AutoConfig.for_model(model_type)
     # Some classes derive these from other fields; a key that is missing must stay so until the file is known.
-    derived = {"head_dim", "layer_types", "no_rope_layers", "per_layer_config"}
+    derived = {"head_dim", "layer_types", "no_rope_layers"}
     derived |= {"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"}
     fields = {name: None if name in derived else getattr(default, name, None) for name in _Fields.__annotations__}
     declared = type(default).__dataclass_fields__
@@ -251,17 +271,36 @@ def _refuse_windows(raw: Mapping[str, Any]) -> None:
         raise InputError(f"sliding_window {window} is not supported in this family; supported: null")
 
 
-def _windows(raw: Mapping[str, Any], window: int | None, sliding: Sequence[bool]) -> list[int | None]:
-    """The window of each layer; `layer_types` goes before what the family derives."""
-    types = raw["layer_types"]
-    if types is not None:
+def _same_window(raw: Mapping[str, Any]) -> list[int | None]:
+    """The window of each layer in families that give all the same."""
+    window = raw["sliding_window"]
+    return _windows(raw, window, [window is not None] * raw["num_hidden_layers"], by_layer=False)
+
+
+def _windows(
+    raw: Mapping[str, Any], window: int | None, sliding: Sequence[bool], by_layer: bool = True
+) -> list[int | None]:
+    """The window of each layer.
+
+    Args:
+        raw: the checked file; its `layer_types` go before what the family derives.
+        window: of the layers that have one.
+        sliding: which layers the family derives to have one.
+        by_layer: whether layers of the family may differ in that.
+    """
+    if raw["layer_types"] is not None:
+        types = ["full_attention" if kind == "attention" else kind for kind in raw["layer_types"]]  # an old name
         unknown = set(types) - {"full_attention", "sliding_attention"}
         if unknown or len(types) != len(sliding):
             found = ", ".join(sorted(unknown)) or f"{len(types)} entries"
             raise InputError(
-                f"layer_types must hold {len(sliding)} times full_attention or sliding_attention, found {found}"
+                f"layer_types must hold {len(sliding)} times full_attention or sliding_attention, found {found:.100}"
             )
-        sliding = [kind == "sliding_attention" for kind in types]
+        derived, sliding = sliding, [kind == "sliding_attention" for kind in types]
+        if window is None and any(sliding):
+            raise InputError("layer_types names sliding_attention, but the model has no sliding_window in use")
+        if not by_layer and sliding != derived:
+            raise InputError("layer_types contradicts sliding_window, which is of all layers in this family")
     return [window if on else None for on in sliding]
 
 
@@ -339,7 +378,7 @@ def _rope(
     rope_type = given.get("rope_type") or given.get("type") or "default"
     rope_type = rope_types.get(rope_type, rope_type)
     if rope_type not in ROPE_TYPES:
-        raise InputError(f"rope_type {rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
+        raise InputError(f"rope_type {rope_type[:60]!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
 
     both = {**raw, **{name: value for name, value in given.items() if value is not None}}
     fraction = both.get("partial_rotary_factor") or partial_rotary or 1.0
@@ -364,6 +403,8 @@ def _rope(
     if rope_type in ("llama3", "yarn", "longrope"):
         name = "original_max_position_embeddings"
         parameters[name] = raw.get(name) or given.get(name) or raw["max_position_embeddings"]
+    if rope_type == "longrope" and parameters["original_max_position_embeddings"] < 2:
+        raise InputError("rope_type 'longrope': original_max_position_embeddings must be at least 2, found 1")
     if rope_type == "llama3" and parameters["high_freq_factor"] <= parameters["low_freq_factor"]:
         raise InputError("rope_type 'llama3': high_freq_factor must be above low_freq_factor")
     return RopeConfig(both.get("rope_theta") or theta, rope_type, tuple(sorted(parameters.items()))), rotary_dim
@@ -378,4 +419,5 @@ def _factors(name: str, factors: Sequence[float], count: int) -> tuple[float, ..
 
 
 def _tokens(given: int | list[int] | None) -> tuple[int, ...]:
-    return tuple(given) if isinstance(given, list) else () if given is None else (given,)
+    tokens = given if isinstance(given, list) else [-1 if given is None else given]
+    return tuple(token for token in tokens if token >= 0)

@@ -114,7 +114,7 @@ def _check_dtype(dtype: str | None) -> None:
 def prune(
     model: LanguageModel,
     text: Text,
-    sparsity: float = 0.3,
+    sparsity: float | None = None,
     *,
     preset: Literal["fast", "paper", "quality"] | None = None,
     samples: int = 128,
@@ -131,7 +131,8 @@ def prune(
         model: what to prune; it stays as it is.
         text: calibration text, of the kind that the model will see: the text itself, or a `pathlib.Path` or several
             that hold it.
-        sparsity: fraction of the attention and MLP parameters of the decoder layers to remove, in [0, 1).
+        sparsity: fraction of the attention and MLP parameters of the decoder layers to remove, in [0, 1); 0.3 if not
+            given, or what a file of `ratios` removes.
         preset: settings to begin with, which `**settings` change: `fast` does the least, `paper` is the paper's
             method, `quality` the best that is known. None is `quality`, or `fast` for the `method` of a baseline.
         samples: number of calibration windows, drawn at random positions of the text.

@@ -7,9 +7,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal, TypedDict
+from typing import Annotated, Any, ClassVar, Literal, TypedDict
+
+from pydantic import ConfigDict, Field
 
 from intraslice_jax.errors import InputError
+from intraslice_jax.io.reading import Count, Index, Positive, check
+
+_Parameter = bool | Count | Positive | tuple[Positive, ...]
 
 
 @dataclass(frozen=True)
@@ -27,17 +32,19 @@ class LayerShape:
         sliding_window: how many positions a query sees, itself included; None means all earlier ones.
     """
 
-    query_to_kv: tuple[int, ...]
-    qk_head_dim: int
-    rotary_dim: int
-    v_head_dim: int
-    intermediate_size: int
-    sliding_window: int | None = None
+    query_to_kv: tuple[Index, ...]
+    qk_head_dim: Count
+    rotary_dim: Index
+    v_head_dim: Count
+    intermediate_size: Count
+    sliding_window: Count | None = None
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
 
     def __post_init__(self) -> None:
         heads = self.query_to_kv
         if not heads or heads[0] != 0 or any(after - head not in (0, 1) for head, after in pairwise(heads)):
-            raise InputError(f"query_to_kv must count up from 0 without gaps, found {heads}")
+            raise InputError(f"query_to_kv must count up from 0 without gaps, found {heads!s:.100}")
         if self.rotary_dim % 2 or not 0 <= self.rotary_dim <= self.qk_head_dim:
             raise InputError(f"rotary_dim {self.rotary_dim} is not an even number up to {self.qk_head_dim}")
         if min(self.qk_head_dim, self.v_head_dim, self.intermediate_size) < 1:
@@ -48,7 +55,7 @@ class LayerShape:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> LayerShape:
         """Reads what `dataclasses.asdict` made, through JSON or not."""
-        return cls(**{**data, "query_to_kv": tuple(data["query_to_kv"])})
+        return check(data, LayerShape, "not a layer of this program")
 
     @property
     def num_attention_heads(self) -> int:
@@ -91,9 +98,11 @@ class RopeConfig:
     that Hugging Face configurations use (`factor`, `low_freq_factor`, `short_factor`, ...).
     """
 
-    theta: float = 10000.0
+    theta: Positive = 10000.0
     rope_type: str = "default"
-    parameters: tuple[tuple[str, Any], ...] = ()
+    parameters: tuple[tuple[str, _Parameter], ...] = ()
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
 
     def get(self, name: str, default: Any = None) -> Any:
         """The value of one scaling parameter."""
@@ -118,16 +127,16 @@ class ModelConfig:
     """
 
     model_type: str
-    vocab_size: int
-    hidden_size: int
-    head_dim: int
-    rotary_dim: int
-    layers: tuple[LayerShape, ...]
+    vocab_size: Count
+    hidden_size: Count
+    head_dim: Count
+    rotary_dim: Index
+    layers: Annotated[tuple[LayerShape, ...], Field(min_length=1)]
     rope: RopeConfig = field(default_factory=RopeConfig)
-    max_position_embeddings: int = 2048
+    max_position_embeddings: Count = 2048
     hidden_act: str = "silu"
-    norm: str = "rms"
-    norm_eps: float = 1e-6
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: Positive = 1e-6
     parallel_block: bool = False
     gated_mlp: bool = True
     tie_word_embeddings: bool = False
@@ -135,10 +144,12 @@ class ModelConfig:
     attention_output_bias: bool = False
     mlp_bias: bool = False
     lm_head_bias: bool = False
-    bos_token_id: int | None = None
-    eos_token_id: tuple[int, ...] = ()
-    pad_token_id: int | None = None
+    bos_token_id: Index | None = None
+    eos_token_id: tuple[Index, ...] = ()
+    pad_token_id: Index | None = None
     source: str = ""
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
 
     @property
     def num_layers(self) -> int:
@@ -188,20 +199,7 @@ class ModelConfig:
         Raises:
             InputError: a field is missing, unknown or malformed.
         """
-        try:
-            values = dict(data)
-            values["layers"] = tuple(LayerShape.from_json(layer) for layer in values["layers"])
-            rope = dict(values["rope"])
-            rope["parameters"] = tuple((name, _as_tuple(value)) for name, value in rope["parameters"])
-            values["rope"] = RopeConfig(**rope)
-            values["eos_token_id"] = tuple(values["eos_token_id"])
-            return cls(**values)
-        except (TypeError, KeyError) as error:
-            raise InputError(f"not a model configuration of this program: {error}") from error
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+        return check(data, ModelConfig, "not a model configuration of this program")
 
 
 USUAL_LENGTH = 2048
@@ -256,16 +254,20 @@ HEAD_ALIGNMENTS = {"cpu": 16, "gpu": 64, "tpu": 128}
 """The same for `head_align`: widths that kernels of attention do not fill up."""
 
 
+USUAL_SPARSITY = 0.3
+
+
 @dataclass(frozen=True)
 class PruneConfig:
     """How a model is pruned.
 
     Attributes:
-        sparsity: fraction of the attention and MLP parameters of the decoder layers to remove, in [0, 1).
+        sparsity: fraction of the attention and MLP parameters of the decoder layers to remove, in [0, 1); 0.3 if not
+            given, or what a file of ratios removes. `target_sparsity` is the number.
         method: the pruning method, a name of `intraslice_jax.prune.methods`.
         ratios: what spreads it over layers and modules: `uniform`, `fisher`, `fisher_pca`, `fisher_components`, `kl`,
             `kl_curves`, `search`, or a JSON or YAML file with the lists `attention` and `mlp` and perhaps `heads`
-            (then the file says how much is removed, too).
+            (then the file says how much is removed, too, and must not contradict `sparsity`).
         max_ratio: the most that a layer's attention or MLP may lose.
         kind_bias: the ratio of all attentions divided by the ratio of all MLPs.
         gradient_group: calibration sequences whose gradients are summed before they are squared.
@@ -303,7 +305,7 @@ class PruneConfig:
             module that are kept to not compute them twice.
     """
 
-    sparsity: float = 0.3
+    sparsity: float | None = None
     method: str = "intraslice"
     ratios: str = "uniform"
     max_ratio: float = 0.9
@@ -329,9 +331,9 @@ class PruneConfig:
     memory_budget: int = 512 * 2**20
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sparsity < 1:
+        if self.sparsity is not None and not 0 <= self.sparsity < 1:
             raise InputError(f"sparsity must be in [0, 1), found {self.sparsity}; 0.3 removes 30 %")
-        if self.damping < 0:
+        if not 0 <= self.damping < float("inf"):
             raise InputError(f"damping must be 0 or more, found {self.damping}; 0.01 is the paper's")
         if self.align < 1:
             raise InputError(f"align must be at least 1, found {self.align}")
@@ -349,7 +351,7 @@ class PruneConfig:
             raise InputError(f"layout must be ragged or uniform, found {self.layout!r}")
         if self.selection not in ("energy", "obs"):
             raise InputError(f"selection must be energy or obs, found {self.selection!r}")
-        if self.selection_noise < 0:
+        if not 0 <= self.selection_noise < float("inf"):
             raise InputError(f"selection_noise must be 0 or more, found {self.selection_noise}; 1 is a fair amount")
         if self.value_basis not in ("activations", "outputs"):
             raise InputError(f"value_basis must be activations or outputs, found {self.value_basis!r}")
@@ -367,6 +369,13 @@ class PruneConfig:
             raise InputError(f"refine must be 0 (not at all) or more passes, found {self.refine}")
         if self.batch_size < 0:
             raise InputError(f"batch_size must be 0 (automatic) or more, found {self.batch_size}")
+        if self.memory_budget < 1:
+            raise InputError(f"memory_budget must be at least 1 byte, found {self.memory_budget}")
+
+    @property
+    def target_sparsity(self) -> float:
+        """The fraction to remove where no file of ratios says it."""
+        return USUAL_SPARSITY if self.sparsity is None else self.sparsity
 
 
 class PruneSettings(TypedDict, total=False):

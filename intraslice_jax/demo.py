@@ -59,7 +59,7 @@ def run_demo(options: Options) -> dict[str, Any]:
 
         say("measuring the dense model")
         before, sample = measure(dense), _continuation(dense, options)
-        say(f"removing {options.prune.sparsity:.0%} of the decoder blocks")
+        say(f"removing {options.prune.target_sparsity:.0%} of the decoder blocks")
         with run_progress() as progress:
             progress.expect(expected_seconds(dense, options.prune, options.calibrate, None))
             pruned = api.prune_calibrated(

@@ -30,7 +30,7 @@ def run_identity(
     mesh = mesh_of(model.decoder)
     file = Path(config.ratios)
     facts = {
-        "prune": dataclasses.asdict(config),
+        "prune": {**dataclasses.asdict(config), "sparsity": config.target_sparsity},
         "ratios_file_sha256": _sha256(file.read_bytes()) if file.is_file() else None,
         "calibrate": {
             "samples": calibrate.samples,

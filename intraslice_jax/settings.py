@@ -10,9 +10,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
 from intraslice_jax.errors import InputError
+from intraslice_jax.io.reading_yaml import read_yaml
 
 
 def load_settings(path: str | Path, options: type) -> dict[str, Any]:
@@ -61,8 +60,14 @@ def as_settings(options: Any) -> dict[str, Any]:
 
 def closest(name: str, known: Collection[str]) -> str:
     """The end of an error message about an unknown name: the likeliest known one, or all of them."""
-    matches = difflib.get_close_matches(name, known, n=1)
+    matches = difflib.get_close_matches(name[:60], known, n=1)
     return f"did you mean {matches[0]!r}?" if matches else f"known are {', '.join(sorted(known))}"
+
+
+def shortened(value: Any) -> str:
+    """A value as a message shows it."""
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:60]}..."
 
 
 def _is_section(value: Any) -> bool:
@@ -75,25 +80,8 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys; here that is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise InputError(f"{key.value!r} is given twice (line {key.start_mark.line + 1})")
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; --config takes a YAML file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, InputError) as error:
-        raise InputError(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from error
+    data = read_yaml(path, "`config` takes a YAML file")
     if data is not None and not (isinstance(data, dict) and all(isinstance(key, str) for key in data)):
         raise InputError(f"{path} must hold `key: value` lines, found {_show(data)}")
     return {key.replace("-", "_"): value for key, value in (data or {}).items()}
@@ -120,7 +108,7 @@ def _defaults(data: Mapping[str, Any], options: type) -> dict[str, Any]:
             for inner, item in value.items():
                 name = str(inner).replace("-", "_")
                 if name not in known:
-                    raise InputError(f"unknown key {inner!r} under {key}; {closest(name, known)}")
+                    raise InputError(f"unknown key {shortened(inner)} under {key}; {closest(name, known)}")
                 put(key, name, item)
         elif key in fields and key not in sections:
             values[key] = convert(value, hints[key], key)
@@ -129,7 +117,7 @@ def _defaults(data: Mapping[str, Any], options: type) -> dict[str, Any]:
         elif key in sections:
             raise InputError(f"{key} must hold `key: value` lines, found {_show(value)}")
         else:
-            raise InputError(f"unknown key {key!r}; {closest(key, {*fields, *owner})}")
+            raise InputError(f"unknown key {shortened(key)}; {closest(key, {*fields, *owner})}")
     for name, given in inside.items():
         if given:
             values[name] = dataclasses.replace(_default(fields[name]), **given)
@@ -183,4 +171,4 @@ def _show(value: Any) -> str:
         list: "a list",
         dict: "keys",
     }
-    return f"{value!r} ({kinds.get(type(value), type(value).__name__)})" if value is not None else "nothing"
+    return f"{shortened(value)} ({kinds.get(type(value), type(value).__name__)})" if value is not None else "nothing"

@@ -111,6 +111,15 @@ def test_an_unknown_setting_is_named(model):
         isl.prune(model, TEXT, sequence_length=64, dampening=0.1)
 
 
+def test_a_file_of_ratios_must_not_contradict_the_sparsity(model, tmp_path):
+    path = tmp_path / "ratios.json"
+    path.write_text('{"attention": [0.25, 0.25], "mlp": [0.25, 0.25]}')
+    settings = {"preset": "fast", "samples": 2, "sequence_length": 32, "align": 2, "ratios": str(path)}
+    assert isl.prune(model, TEXT, **settings).report["sparsity"] == pytest.approx(0.25)
+    with pytest.raises(InputError, match=r"`sparsity` asks for 30\.0%"):
+        isl.prune(model, TEXT, 0.3, **settings)
+
+
 def test_windows_are_as_long_as_a_short_context(model):
     context = model.config.max_position_embeddings
     assert isl.perplexity(model, TEXT) == isl.perplexity(model, TEXT, context)

@@ -243,6 +243,7 @@ def test_help_is_instant():
         (["prune", "m", "-o", "x", "--sparsity", "-0.1"], "sparsity must be in [0, 1), found -0.1"),
         (["prune", "m", "-o", "x", "--sparsity", "nan"], "sparsity must be in [0, 1)"),
         (["prune", "m", "-o", "x", "--config", "none.yaml"], "none.yaml does not exist"),
+        (["prune", "m", "-o", "x", "--config", "x" * 300], "xxx does not exist; ready recipes are"),
         (["prune", "m", "-o", "x"], "--calibration is missing"),
         (["prune", "m", "-o", "x", "--calibration", "none.txt"], "none.txt does not exist"),
         (["eval", "m"], "--text FILE or --dataset NAME"),

@@ -56,6 +56,7 @@ def test_flat_and_nested_keys_are_the_same(load):
         ("dtype: null", "dtype", None),
         ("windows: 8", "windows", 8),
         ("output: runs/x", "output", Path("runs/x")),
+        ("output: 2024-01-02", "output", Path("2024-01-02")),
     ],
 )
 def test_values_become_the_annotated_type(load, text, name, value):
@@ -77,7 +78,7 @@ def test_numbers_are_read_as_people_write_them(load):
         ("zzz: 1", "unknown key 'zzz'; known are"),
         ("sparsity: much", "sparsity must be a number, found 'much' (text)"),
         ("sparsity: true", "sparsity must be a number, found True (true/false)"),
-        ("sparsity:", "sparsity must be a number, found nothing"),
+        ("damping:", "damping must be a number, found nothing"),
         ("samples: 1.5", "samples must be a whole number, found 1.5 (a number)"),
         ("overwrite: 1", "overwrite must be true or false, found 1 (a number)"),
         ("dtype: float8", "dtype must be one of float32, bfloat16; found 'float8' (text)"),
@@ -86,6 +87,25 @@ def test_numbers_are_read_as_people_write_them(load):
         ("prune: 0.3", "prune must hold `key: value` lines, found 0.3"),
         ("- sparsity", "must hold `key: value` lines"),
         ("sparsity: 0.1\nsparsity: 0.2", "'sparsity' is given twice (line 2)"),
+        ("damping: .nan", "damping must be 0 or more, found nan"),
+        ("selection_noise: .inf", "selection_noise must be 0 or more, found inf"),
+        ("memory_budget: 0", "memory_budget must be at least 1 byte, found 0"),
+        ("samples: !!int ''", "'' cannot be read as int (line 1)"),
+        ("overwrite: !!bool x", "'x' cannot be read as bool (line 1)"),
+        (
+            "model: !!timestamp x",
+            "for the tag 'tag:yaml.org,2002:timestamp' (line 1)",
+        ),
+        ("model: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
+        ("samples: " + "9" * 5_000, "cannot be read as int (line 1)"),
+        ("samples: 0x" + "f" * 5_000, "a number has more than 63 bits (line 1)"),
+        ("a: &a [x]\nb: [*a, *a]", "references (*name) are not read here"),
+        ("a: &a [*a]", "references (*name) are not read here"),
+        ("a: " + "[" * 3_000, "it is nested too deeply (line 1)"),
+        ("[a]: 1", "a list or mapping cannot be a key (line 1)"),
+        ('output: "a\\0b"', "text holds what is no character (line 1)"),
+        ("x" * 300_000, "has 300000 bytes, expected at most 262144"),
+        ("dtype: " + "x" * 3_000, "dtype must be one of float32, bfloat16; found 'xxx"),
         ("sparsity: 0.1\nprune: {sparsity: 0.2}", "sparsity is given twice"),
         ("sparsity: [0.1", "is not readable as YAML"),
     ],
@@ -97,11 +117,14 @@ def test_a_mistake_is_one_clear_line(load, tmp_path, text, said):
     assert said in message
     assert str(tmp_path / "settings.yaml") in message
     assert "\n" not in message
+    assert len(message) < 700
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(InputError, match="does not exist"):
+    with pytest.raises(InputError, match=r"none\.yaml is missing; `config` takes a YAML file"):
         load_settings(tmp_path / "none.yaml", Options)
+    with pytest.raises(InputError, match="Is a directory"):
+        load_settings(tmp_path, Options)
 
 
 def test_defaults_are_replaced_and_nothing_else():

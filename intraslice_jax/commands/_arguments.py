@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import importlib.resources
 import io
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -170,7 +171,7 @@ def recipe(name: str) -> Path:
     """
     folder = Path(str(importlib.resources.files("intraslice_jax") / "configs"))
     ready = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-    if not Path(name).exists() and Path(name).name == name:
+    if not os.path.exists(name) and Path(name).name == name:
         stem = name.removesuffix(".yaml")
         if stem not in ready:
             raise InputError(f"--config: {name} does not exist; ready recipes are {', '.join(ready)}")

@@ -160,7 +160,7 @@ def _measure(
     model: LanguageModel, calibration: np.ndarray, evaluation: np.ndarray, trial: Trial, ratios: _Ratios
 ) -> Row:
     config, started = trial.config, time.monotonic()
-    row = Row(trial.method, trial.ratios, config.sparsity, None, None, None, 0, 0.0, 0.0)
+    row = Row(trial.method, trial.ratios, config.target_sparsity, None, None, None, 0, 0.0, 0.0)
     try:
         if config.method == SLICEGPT:
             pruned, estimated = prune_slicegpt(model, calibration, config), 0.0

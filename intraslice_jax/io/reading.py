@@ -7,6 +7,7 @@ described once, by its schema, and nothing is built or allocated before all of i
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -118,11 +119,15 @@ def _adapter(schema: Any) -> pydantic.TypeAdapter:
 def _first_problem(error: pydantic.ValidationError, where: str) -> str:
     """`FILE: layers.0.qk_head_dim must be a valid integer, found '64'`."""
     problem = error.errors(include_url=False)[0]
-    name = ".".join(str(part) for part in problem["loc"])  # keys of the file among them, which may hold anything
+    # pydantic also says which kind of a union it tried: `constrained-int`, `list[constrained-int]`. Keys of the file,
+    # which are part of the place, may hold anything.
+    name = ".".join(str(part) for part in problem["loc"] if not re.search(r"constrained-|\[", str(part)))
     name = "".join(c if c.isprintable() else "?" for c in name[:200])
     subject = ": ".join(part for part in (where, name) if part)
     if problem["type"] == "missing":
         return f"{subject} is missing"
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"{subject} is unknown"
     if problem["type"] == "value_error":
         return f"{subject}: {problem['ctx']['error']}"  # pyright: ignore[reportTypedDictNotRequiredAccess]
     found = "nothing" if problem["input"] is None else repr(problem["input"])

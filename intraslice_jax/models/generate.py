@@ -71,7 +71,7 @@ def generate(
     rows = _encode(model, [prompts] if isinstance(prompts, str) else prompts)
     _check_length(model, rows, max_new_tokens)
     generated: list[list[int]] = [[] for _ in rows]
-    stop = _stop_tokens(model)
+    stop = stop_tokens(model)
     done = [False] * len(rows)
     prompts_before = [row[-TEXT_BEFORE:] for row in rows]
     stream = None if on_token is None else _Stream(model, on_token, prompts_before)
@@ -149,10 +149,10 @@ def _check_length(model: LanguageModel, rows: list[list[int]], max_new_tokens: i
         )
 
 
-def _stop_tokens(model: LanguageModel) -> set[int]:
+def stop_tokens(model: LanguageModel) -> set[int]:
     """Those of the model and of its generation settings (chat models often name more there)."""
-    more = model.generation_config.get("eos_token_id") or []
-    return {*model.config.eos_token_id, *([more] if isinstance(more, int) else more)}
+    more = model.generation_config.get("eos_token_id")
+    return {*model.config.eos_token_id, *(more if isinstance(more, list) else [] if more is None else [more])}
 
 
 def _check_finite(model: LanguageModel, logits: Float[Array, "batch vocab"], rows: list[list[int]]) -> None:

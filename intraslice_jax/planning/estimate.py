@@ -40,7 +40,9 @@ def stage_seconds(config: ModelConfig, prune: PruneConfig, samples: int, seq: in
         rate: float32 operations per second of all devices together (`intraslice_jax.planning.stages.measured_rate`).
     """
     small = typical(config, prune)
-    run = Run("", "device", samples, seq, 0, "float32", prune.sparsity, prune.ratios, prune.refine, prune.search_rounds)
+    run = Run(
+        "", "device", samples, seq, 0, "float32", prune.target_sparsity, prune.ratios, prune.refine, prune.search_rounds
+    )
     floors = loop_flops(config, small, samples, seq)
     loop = {
         "attention": float(floors["attention moments"]),
@@ -85,7 +87,7 @@ def expected_seconds(
     mesh = mesh_of(model.decoder)
     if mesh is not None and jax.default_backend() != "cpu":  # devices of one CPU share its cores
         rate *= mesh.size
-    if prune.sparsity == 0:
+    if prune.target_sparsity == 0:
         prune = dataclasses.replace(prune, ratios="uniform", refine=0)
     try:
         length = window_length(calibrate.sequence_length, config.max_position_embeddings)

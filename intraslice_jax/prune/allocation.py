@@ -101,7 +101,7 @@ def allocate_by_curves(
     check_reachable(*kinds, prune)
     both = Modules(*(np.concatenate([getattr(kind, name) for kind in kinds]) for name in ("parameters", "caps")))
     steps, prices = _marginal_costs(points, np.concatenate(costs), both)
-    target = both.target(prune.sparsity)
+    target = both.target(prune.target_sparsity)
     # The cheapest steps of all modules first; the last one goes in part.
     order = np.argsort(prices, axis=None, kind="stable")
     sizes = (np.diff(steps, axis=1) * both.parameters[:, None]).reshape(-1)[order]
@@ -169,10 +169,10 @@ def check_reachable(attention: Modules, mlp: Modules, prune: PruneConfig) -> Non
     """Raises InputError, with what could be removed, if the budget is beyond that."""
     total = float(attention.parameters.sum() + mlp.parameters.sum())
     largest = attention.target(attention.reachable) + mlp.target(mlp.reachable)
-    if prune.sparsity * total > largest + 1e-9 * total:
+    if prune.target_sparsity * total > largest + 1e-9 * total:
         raise InputError(
-            f"sparsity {prune.sparsity:g} cannot be reached: at most {_floor(largest / total)} of the attention and "
-            f"MLP parameters can be removed with max_ratio {prune.max_ratio:g} and align {prune.align}"
+            f"sparsity {prune.target_sparsity:g} cannot be reached: at most {_floor(largest / total)} of the "
+            f"attention and MLP parameters can be removed with max_ratio {prune.max_ratio:g} and align {prune.align}"
         )
 
 
@@ -182,7 +182,7 @@ def split(attention: Modules, mlp: Modules, prune: PruneConfig) -> tuple[float, 
     Raises:
         InputError: one of them is beyond what can be removed.
     """
-    sparsity, bias = prune.sparsity, prune.kind_bias
+    sparsity, bias = prune.target_sparsity, prune.kind_bias
     sizes = attention.parameters.sum(), mlp.parameters.sum()
     wanted = sparsity * sum(sizes)
     check_reachable(attention, mlp, prune)

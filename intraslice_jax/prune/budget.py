@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from pydantic import ConfigDict, Field
 
 from intraslice_jax.config import LayerShape, ModelConfig
 from intraslice_jax.errors import InputError
+from intraslice_jax.io.reading import Count
+
+Ratio = Annotated[float, Field(ge=0, le=1)]
 
 TOLERANCE = 0.005
 """How far the removed fraction of the block parameters may be from the request."""
@@ -16,9 +22,11 @@ TOLERANCE = 0.005
 class HeadWidths:
     """What stays of an attention: query heads, and channels of a query or key head and of a value head."""
 
-    num_attention_heads: int
-    qk_head_dim: int
-    v_head_dim: int
+    num_attention_heads: Count
+    qk_head_dim: Count
+    v_head_dim: Count
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True)
@@ -31,9 +39,11 @@ class LayerRatios:
             the method chooses heads and widths.
     """
 
-    attention: tuple[float, ...]
-    mlp: tuple[float, ...]
+    attention: tuple[Ratio, ...]
+    mlp: tuple[Ratio, ...]
     heads: tuple[HeadWidths, ...] = ()
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
 
     def sparsity(self, config: ModelConfig) -> float:
         """The fraction of the block parameters that these ratios ask for."""

@@ -8,30 +8,29 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import json
-import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
-import yaml
 from jaxtyping import Float, Int
 from typing_extensions import TypedDict
 
 from intraslice_jax.calibrate.gradients import GroupGradients, OnBatch, group_gradients, head_grams
 from intraslice_jax.config import ModelConfig, PruneConfig
 from intraslice_jax.errors import InputError
-from intraslice_jax.io.reading import Index
+from intraslice_jax.io.reading import Index, check, parse_json, read_bytes
+from intraslice_jax.io.reading_yaml import read_yaml
 from intraslice_jax.model import LanguageModel
 from intraslice_jax.prune.allocation import UnitScores, allocate, allocate_evenly
-from intraslice_jax.prune.budget import HeadWidths, LayerRatios
+from intraslice_jax.prune.budget import TOLERANCE, LayerRatios
 from intraslice_jax.prune.linalg import eigh_descending, solver_precision, to_solver
 from intraslice_jax.prune.resume import Resumable, RunLog
 from intraslice_jax.prune.search import Search
 from intraslice_jax.prune.sensitivity import KLSensitivity
-from intraslice_jax.settings import closest
+from intraslice_jax.settings import closest, shortened
 
 DEGENERATE = 1e-6
 """Eigenvalues closer than this times the largest count as equal: float32 moments do not tell them apart."""
@@ -123,9 +122,11 @@ def find_estimator(name: str) -> Estimator:
     if name in ESTIMATORS:
         return ESTIMATORS[name]
     path = Path(name)
-    if path.suffix.lower() in (".json", ".yaml", ".yml") or path.is_file():
+    if path.suffix.lower() in (".json", ".yaml", ".yml") or os.path.isfile(name):  # of any length
         return FromFile(path)
-    raise InputError(f"unknown ratios {name!r}; {closest(name, ESTIMATORS)}; or name a .json or .yaml file of ratios")
+    raise InputError(
+        f"unknown ratios {shortened(name)}; {closest(name, ESTIMATORS)}; or name a .json or .yaml file of ratios"
+    )
 
 
 @dataclass(frozen=True)
@@ -247,7 +248,14 @@ class FromFile:
     def __call__(
         self, model: LanguageModel, windows: np.ndarray, config: PruneConfig, on_batch: OnBatch | None = None
     ) -> LayerRatios:
-        return read_ratios(self.path, model.config)
+        found = read_ratios(self.path, model.config)
+        removed = found.sparsity(model.config)
+        if config.sparsity is not None and abs(removed - config.sparsity) > TOLERANCE:
+            raise InputError(
+                f"{self.path} removes {removed:.1%} of the block parameters, `sparsity` asks for "
+                f"{config.sparsity:.1%}; leave `sparsity` out, as the file says how much is removed, or change the file"
+            )
+        return found
 
 
 ESTIMATORS: dict[str, Estimator] = {
@@ -321,40 +329,27 @@ def read_ratios(path: Path, config: ModelConfig) -> LayerRatios:
     """Ratios from a file, checked against the model.
 
     Raises:
-        InputError: the file is missing, not JSON or YAML, or does not hold one number in [0, 1] per layer.
+        InputError: the file is missing, not JSON or YAML, or does not hold one number in [0, 1] per layer, and widths
+            of heads that the model has if any.
     """
-    data = _read(path)
-    if not isinstance(data, Mapping):
-        raise InputError(f"{path} must hold the lists 'attention' and 'mlp', found {type(data).__name__}")
-    known = ("attention", "mlp", "heads")
-    for key in data:
+    advice = f"`ratios` takes a file of ratios or one of {', '.join(ESTIMATORS)}"
+    if path.suffix.lower() == ".json":
+        data = parse_json(read_bytes(path, advice), str(path), "write it again")
+    else:
+        data = read_yaml(path, advice)
+    known = [field.name for field in dataclasses.fields(LayerRatios)]
+    for key in data if isinstance(data, Mapping) else ():
         if key not in known:
-            raise InputError(f"{path}: unknown key {key!r}; {closest(str(key), known)}")
-    lists = []
-    for key in known[:2]:
-        values = data.get(key)
-        if not isinstance(values, list):
-            raise InputError(f"{path}: {key!r} must be a list of {config.num_layers} ratios, found {values!r}")
-        lists.append(tuple(_number(value, f"{path}: {key}[{i}]") for i, value in enumerate(values)))
-    ratios = LayerRatios(lists[0], lists[1], _heads(data.get("heads", []), path, config))
+            raise InputError(f"{path}: unknown key {shortened(key)}; {closest(str(key), known)}")
+    ratios = check(data, LayerRatios, str(path))
     _check_shape(ratios, config, str(path))
+    if len(ratios.heads) not in (0, config.num_layers):
+        raise InputError(f"{path}: 'heads' holds {len(ratios.heads)} layers, the model has {config.num_layers}")
+    for i, (widths, shape) in enumerate(zip(ratios.heads, config.layers, strict=False)):
+        for name, value in dataclasses.asdict(widths).items():
+            if value > getattr(shape, name):
+                raise InputError(f"{path}: heads[{i}]: {name} is {value}, the model has {getattr(shape, name)}")
     return ratios
-
-
-def _heads(data: Any, path: Path, config: ModelConfig) -> tuple[HeadWidths, ...]:
-    """The widths of a file, checked against the model; none if it has no list of them."""
-    names = [field.name for field in dataclasses.fields(HeadWidths)]
-    if not isinstance(data, list) or len(data) not in (0, config.num_layers):
-        raise InputError(f"{path}: 'heads' must be a list of {config.num_layers} layers with {', '.join(names)}")
-    found = []
-    for i, (widths, shape) in enumerate(zip(data, config.layers, strict=False)):
-        for name in names:
-            value = widths.get(name) if isinstance(widths, Mapping) and widths.keys() == set(names) else None
-            full = getattr(shape, name)
-            if not isinstance(value, int) or not 1 <= value <= full:
-                raise InputError(f"{path}: heads[{i}] needs {name}, a whole number from 1 to {full}, found {widths!r}")
-        found.append(HeadWidths(**widths))
-    return tuple(found)
 
 
 def check_ratios(ratios: LayerRatios, model: ModelConfig, prune: PruneConfig, name: str) -> None:
@@ -377,26 +372,6 @@ def _check_shape(ratios: LayerRatios, model: ModelConfig, name: str) -> None:
         for i, value in enumerate(values):
             if not 0 <= value <= 1:  # NaN is neither
                 raise InputError(f"{name}: {kind}[{i}] is {value:g}, expected a ratio between 0 and 1")
-
-
-def _read(path: Path) -> Any:
-    try:
-        text = path.read_text(encoding="utf-8")
-        return json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; `ratios` takes a file of ratios or one of {_names()}") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{path} is not readable as JSON or YAML: {' '.join(str(error).split())}") from error
-
-
-def _names() -> str:
-    return ", ".join(ESTIMATORS)
-
-
-def _number(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
-        raise InputError(f"{where} is {value!r}, expected a number between 0 and 1")
-    return float(value)
 
 
 class Summed(TypedDict):

@@ -169,7 +169,7 @@ def prune_model(
             decoder, refinement = refine(model, decoder, windows, RefineSettings(config.refine), told, run_log)
         clock.finish("refinement")
     report = {
-        "sparsity": config.sparsity,
+        "sparsity": ratios.sparsity(dense) if isinstance(estimator, FromFile) else config.target_sparsity,
         "method": config.method,
         "removed_block_fraction": 1 - pruned.block_parameters() / dense.block_parameters(),
         "removed_model_fraction": 1 - pruned.total_parameters() / dense.total_parameters(),

@@ -73,7 +73,7 @@ class Search(Resumable):
         """
         if config.method != "intraslice":
             raise InputError(f"only method intraslice takes the widths of ratios search, found method {config.method}")
-        if config.sparsity == 0:
+        if config.target_sparsity == 0:
             return allocate_evenly(model.config, config)
         state = _State.kept_in(run_log)
         if state is None:
@@ -164,7 +164,9 @@ class _Candidate:
                 heads[move.layer] = move.heads
                 attention[move.layer] += move.parameters / dense.attention_parameters(shape)
         asked = LayerRatios(tuple(attention), tuple(mlp)).sparsity(dense)
-        missing = (config.sparsity - asked) * dense.block_parameters() / sum(map(dense.mlp_parameters, dense.layers))
+        missing = (
+            (config.target_sparsity - asked) * dense.block_parameters() / sum(map(dense.mlp_parameters, dense.layers))
+        )
         mlp = [min(max(ratio + missing, 0.0), config.max_ratio) for ratio in mlp]
         return LayerRatios(tuple(attention), tuple(mlp), tuple(heads))
 

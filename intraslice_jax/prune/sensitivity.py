@@ -48,9 +48,9 @@ class KLSensitivity(Resumable):
 
         `on_batch` is told the measurements done and their number.
         """
-        if config.sparsity == 0:
+        if config.target_sparsity == 0:
             return allocate_evenly(model.config, config)
-        ratios = tuple(sorted({min(config.sparsity * point, config.max_ratio) for point in self.points}))
+        ratios = tuple(sorted({min(config.target_sparsity * point, config.max_ratio) for point in self.points}))
         costs = divergences(model, windows, config, ratios, on_batch, run_log)
         return allocate_by_curves(model.config, ratios, costs, config)
 

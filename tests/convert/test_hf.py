@@ -17,6 +17,7 @@ from intraslice_jax.convert.families import FAMILIES, to_checkpoint
 from intraslice_jax.convert.load import load
 from intraslice_jax.errors import InputError
 from intraslice_jax.models.decoder import abstract_arrays, decoder_to_arrays
+from intraslice_jax.models.generate import stop_tokens
 from tests.convert.checkpoints import CASES, LLAMA3, LONGROPE, build, save, tokens, torch_logits
 
 SHORT, LONG = 6, 24  # on both sides of the length (16) at which `dynamic` and `longrope` switch
@@ -304,6 +305,26 @@ def test_source_and_generation_config_are_kept(llama):
         model.require_tokenizer()
 
 
+def test_token_0_and_tokens_that_are_none(broken):
+    edit_config(broken, eos_token_id=[5, -1], pad_token_id=-1)
+    (broken / "generation_config.json").write_text('{"eos_token_id": 0}')
+    model = load(broken)
+    assert (model.config.eos_token_id, model.config.pad_token_id) == ((5,), None)
+    assert stop_tokens(model) == {0, 5}
+    (broken / "generation_config.json").write_text('{"eos_token_id": "2"}')
+    with pytest.raises(InputError, match=r"generation_config\.json: eos_token_id must be a whole number, found '2'"):
+        load(broken)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_an_adapter_is_not_ignored(broken, alone):
+    (broken / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    if alone:
+        (broken / "config.json").unlink()
+    with pytest.raises(InputError, match=r"adapter_config\.json: .* PEFT adapter.*merge it first.*merge_and_unload"):
+        load(broken)
+
+
 def test_export_of_a_pruned_model_loads(tmp_path):
     shapes = (
         LayerShape((0, 0, 1), qk_head_dim=6, rotary_dim=4, v_head_dim=5, intermediate_size=24),
@@ -407,9 +428,17 @@ def test_real_checkpoint_continues_a_story(shared_data):
         ({"layer_types": 3}, r"layer_types must be a list, found 3"),
         ({"quantization_config": "gptq"}, r"quantization_config must be an object, found 'gptq'"),
         ({"is_causal": False}, r"is_causal false \(attention to later tokens\) is not supported"),
-        ({"is_encoder_decoder": True}, r"is_encoder_decoder true is not supported"),
+        ({"is_causal": None}, r"is_causal false"),
+        ({"is_encoder_decoder": True}, r"is_encoder_decoder \(true\) is not supported"),
+        ({"attention_chunk_size": 3}, r"attention_chunk_size \(attention within chunks\) is not supported"),
+        ({"attribute_map": {"rms_norm_eps": "attention_dropout"}}, r"attribute_map \(fields that stand for others\)"),
+        ({"layer_types": ["sliding_attention"] * 2}, r"layer_types names sliding_attention, but .* no sliding_window"),
+        ({"architectures": [["Llama"]]}, r"architectures\.0 must be text, found \['Llama'\]"),
+        ({"eos_token_id": [1, "2"]}, r"eos_token_id must be a whole number, found \[1, '2'\]"),
+        ({"rope_theta": 1.0, "rope_parameters": None}, r"rope_theta must be above 1, found 1\.0"),
         ({"sliding_window": 16}, r"sliding_window 16 is not supported in this family"),
-        ({"num_hidden_layers": 3}, r"missing model\.layers\.2\..* and 5 more; left over nothing"),
+        ({"num_hidden_layers": 3}, r"holds 2 layers, the configuration says 3"),
+        ({"num_hidden_layers": 9_000}, r"holds 2 layers, the configuration says 9000"),
         ({"num_hidden_layers": 1}, r"missing nothing; left over model\.layers\.1\."),
         ({"intermediate_size": 48}, r"mlp\.gate_proj\.weight has shape \[40, 32\], .*implies \[48, 32\]"),
         ({"attention_bias": True}, r"missing model\.layers\.0\.self_attn\.k_proj\.bias"),
@@ -458,6 +487,17 @@ def test_contradictory_llama(broken, changes, message):
             r"rope_parameters\.short_factor\.1 must be above 0, found -1\.0",
         ),
         ("phi", {"num_key_value_heads": 2}, r"self_attn\.k_proj\.weight has shape \[32, 32\], .* implies \[16, 32\]"),
+        ("mistral-window", {"layer_types": ["full_attention"] * 2}, r"layer_types contradicts sliding_window"),
+        (
+            "smollm3",
+            {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+            r"layer_types names sliding_attention, but the model has no sliding_window in use",
+        ),
+        (
+            "phi3-longrope",
+            {"original_max_position_embeddings": 1},
+            r"'longrope': original_max_position_embeddings must be at least 2, found 1",
+        ),
         ("phi", {"qk_layernorm": True}, r"qk_layernorm .* is not supported"),
         ("llama", {"partial_rotary_factor": 0.5}, r"partial_rotary_factor 0\.5 is not supported in this family"),
     ],
@@ -617,9 +657,14 @@ def test_not_a_model(broken, tmp_path):
     (broken / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"holds no weights: expected model\.safetensors"):
         load(broken)
-    (broken / "config.json").write_text("[1, 2]")
-    with pytest.raises(InputError, match=r"config\.json must be an object, found \[1, 2\]"):
-        load(broken)
+    for text, message in (
+        ("[1, 2]", r"config\.json must be an object, found \[1, 2\]"),
+        ("[" * 5_000, r"config\.json cannot be read as JSON"),
+        ('{"intraslice": {}}', r"model_type None is not supported"),
+    ):
+        (broken / "config.json").write_text(text)
+        with pytest.raises(InputError, match=message):
+            load(broken)
     (broken / "config.json").unlink()
     with pytest.raises(InputError, match=r"holds no config\.json; is it a model's folder\?"):
         load(broken)

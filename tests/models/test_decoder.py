@@ -228,6 +228,11 @@ class TestConfig:
             lambda d: d.update(colour="red"),
             lambda d: d.update(layers=[{"query_to_kv": [0]}]),
             lambda d: d.update(layers=7),
+            lambda d: d.update(layers=[]),
+            lambda d: d.update(hidden_size=10**400),
+            lambda d: d.update(norm_eps=float("nan")),
+            lambda d: d.update(vocab_size="96"),
+            lambda d: d["rope"].update(parameters=[["factor", None]]),
         ],
     )
     def test_malformed_json(self, change):

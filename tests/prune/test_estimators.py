@@ -189,12 +189,22 @@ def test_ratios_from_a_file_are_used_as_they_are(tmp_path, suffix):
         '{"attention": [0.25, 0], "mlp": [0.5, 0.1]}' if suffix == "json" else "attention: [0.25, 0]\nmlp: [.5, .1]\n"
     )
     path.write_text(text)
-    found = estimate_ratios(model, windows(), PruneConfig(0.7, ratios=str(path)))
+    found = estimate_ratios(model, windows(), PruneConfig(ratios=str(path)))
     assert found == LayerRatios((0.25, 0.0), (0.5, 0.1))
     attention, mlp = (
         size(model.config.layers[0]) for size in (model.config.attention_parameters, model.config.mlp_parameters)
     )
     assert found.sparsity(model.config) == pytest.approx((0.25 * attention + 0.6 * mlp) / (2 * (attention + mlp)))
+
+
+def test_a_file_of_ratios_must_not_contradict_the_sparsity(tmp_path):
+    path, model = tmp_path / "ratios.json", make()
+    path.write_text('{"attention": [0.25, 0.25], "mlp": [0.25, 0.25]}')
+    for sparsity in (None, 0.25, 0.253):
+        estimate_ratios(model, windows(), PruneConfig(sparsity, ratios=str(path)))
+    for sparsity in (0.0, 0.3):
+        with pytest.raises(InputError, match=r"ratios\.json removes 25\.0% .* `sparsity` asks for (0|30)\.0%; leave"):
+            estimate_ratios(model, windows(), PruneConfig(sparsity, ratios=str(path)))
 
 
 def test_reported_ratios_can_be_used_again(tmp_path):
@@ -210,27 +220,34 @@ def test_reported_ratios_can_be_used_again(tmp_path):
     ("text", "message"),
     [
         ('{"attention": [0.1], "mlp": [0.1, 0.2]}', "'attention' holds 1 ratios, the model has 2 layers"),
-        ('{"attention": [0.1, 0.2], "mlp": [0.1, 1.2]}', r"mlp\[1\] is 1.2, expected a ratio between 0 and 1"),
-        ('{"attention": [-0.1, 0.2], "mlp": [0.1, 0.2]}', r"attention\[0\] is -0.1, expected"),
+        ('{"attention": [0.1, 0.2], "mlp": [0.1, 1.2]}', r"mlp\.1 must be at most 1, found 1\.2"),
+        ('{"attention": [-0.1, 0.2], "mlp": [0.1, 0.2]}', r"attention\.0 must be at least 0, found -0\.1"),
         ('{"attention": [0.1, 0.95], "mlp": [0.1, 0.2]}', r"attention\[1\] is 0.95, above the maximum of 0.9"),
-        ('{"attention": [0.1, NaN], "mlp": [0.1, 0.2]}', r"attention\[1\] is nan, expected"),
-        ('{"attention": [0.1, "x"], "mlp": [0.1, 0.2]}', r"attention\[1\] is 'x', expected a number"),
-        ('{"attention": [0.1, true], "mlp": [0.1, 0.2]}', r"attention\[1\] is True, expected a number"),
-        ('{"attention": [0.1, 0.2]}', "'mlp' must be a list of 2 ratios, found None"),
-        ('{"attention": 0.3, "mlp": [0.1, 0.2]}', "'attention' must be a list of 2 ratios, found 0.3"),
+        ('{"attention": [0.1, NaN], "mlp": [0.1, 0.2]}', r"attention\.1 must be at most 1, found nan"),
+        ('{"attention": [0.1, "x"], "mlp": [0.1, 0.2]}', r"attention\.1 must be a number, found 'x'"),
+        ('{"attention": [0.1, true], "mlp": [0.1, 0.2]}', r"attention\.1 must be a number, found True"),
+        ('{"attention": [0.1, 0.2]}', "mlp is missing"),
+        ('{"attention": 0.3, "mlp": [0.1, 0.2]}', "attention must be a list, found 0.3"),
         ('{"attentoin": [0.1, 0.2], "mlp": [0.1, 0.2]}', "unknown key 'attentoin'; did you mean 'attention'"),
         (
             '{"attention": [0.1, 0.2], "mlp": [0.1, 0.2], "heads": [{"num_attention_heads": 2}, {}]}',
-            r"heads\[0\] needs num_attention_heads, a whole number from 1 to 4, found",
+            r"heads\.0\.qk_head_dim is missing",
         ),
-        ('{"attention": [0.1, 0.2], "mlp": [0.1, 0.2], "heads": 3}', "'heads' must be a list of 2 layers with num_att"),
-        ("[0.1, 0.2]", "must hold the lists 'attention' and 'mlp', found list"),
-        ('{"attention": [0.1', "not readable as JSON or YAML"),
+        ('{"attention": [0.1, 0.2], "mlp": [0.1, 0.2], "heads": 3}', "heads must be a list, found 3"),
+        ('{"attention": [0.1, 0.2], "mlp": [0.1, 0.2], "heads": [WIDTHS]}', "'heads' holds 1 layers, the model has 2"),
+        (
+            '{"attention": [0.1, 0.2], "mlp": [0.1, 0.2], "heads": [WIDTHS, WIDTHS]}',
+            r"heads\[0\]: num_attention_heads is 9, the model has 4",
+        ),
+        ("[0.1, 0.2]", r"must be an object, found \[0\.1, 0\.2\]"),
+        ('{"attention": [0.1', "cannot be read as JSON"),
+        ("[" * 5_000, "cannot be read as JSON"),
     ],
 )
 def test_bad_files(tmp_path, text, message):
     path = tmp_path / "ratios.json"
-    path.write_text(text)
+    widths = '{"num_attention_heads": 9, "qk_head_dim": 2, "v_head_dim": 2}'
+    path.write_text(text.replace("WIDTHS", widths))
     with pytest.raises(InputError, match=message) as error:
         estimate_ratios(make(), windows(), PruneConfig(ratios=str(path)))
     assert str(error.value).startswith(str(path))
@@ -244,7 +261,9 @@ def test_bad_files(tmp_path, text, message):
             "xyz",
             "known are fisher, fisher_components, fisher_pca, kl, kl_curves, search, uniform; or name a .json",
         ),
-        ("missing.yaml", "missing.yaml does not exist; --ratios takes a file of ratios or one of uniform, fisher"),
+        ("missing.yaml", "missing.yaml is missing; `ratios` takes a file of ratios or one of uniform, fisher"),
+        ("x" * 300, "unknown ratios 'xxx"),
+        ("x" * 300 + ".json", r"xxx\.json cannot be read: File name too long"),
     ],
 )
 def test_unknown_names(name, message):

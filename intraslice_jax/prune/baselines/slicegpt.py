@@ -112,7 +112,7 @@ def prune_slicegpt(model: LanguageModel, windows: Int[np.ndarray, "samples seq"]
         InputError: the family has LayerNorm or parallel blocks.
         RunError: an activation is not finite.
     """
-    width = width_for(model.config, config.sparsity)
+    width = width_for(model.config, config.target_sparsity)
     return slice_model(model, windows, width, config.batch_size or 1)
 
 
