@@ -163,7 +163,7 @@ def find_family(config: Mapping[str, Any]) -> Family:
         name = str(architectures[0])
         family = FAMILIES.get(_OLD_NAMES.get(name, name))
         if family is None:
-            raise InputError(f"architecture {architectures[0]} is not supported; {supported}")
+            raise InputError(f"architecture {name[:60]} is not supported; {supported}")
         if model_type not in (None, family.model_type):
             raise InputError(
                 f"{family.architecture} with model_type {model_type!r} (expected {family.model_type!r}) "

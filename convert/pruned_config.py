@@ -106,7 +106,10 @@ def pruned_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "auto_map": {
             "AutoConfig": f"{MODELING_FILE}.IntraSliceConfig",
             "AutoModel": f"{MODELING_FILE}.IntraSliceModel",
-            "AutoModelForCausalLM": f"{MODELING_FILE}.IntraSliceForCausalLM",
+            **{
+                f"AutoModelFor{task}": f"{MODELING_FILE}.IntraSliceFor{task}"
+                for task in ("CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering")
+            },
         },
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,

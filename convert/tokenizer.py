@@ -14,11 +14,13 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from transformers.utils import logging
 from typing_extensions import TypedDict
 
-from intraslice_jax.errors import InputError
+from intraslice_jax.convert.tokenizer_files import check_tokenizer_files, panics_unprinted
+from intraslice_jax.errors import InputError, refused
 from intraslice_jax.io.reading import Finite, Index, check
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt")
 _VOCABULARIES = ({"tokenizer.json"}, {"tokenizer.model"}, {"vocab.json", "merges.txt"})
+_PROBE = "a\u0301 \u00e9\n"  # some damage shows only when the tokenizer is used
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # tokenizer.ggml.token_type; 1 is a usual piece
 
 # How the pre-tokenizers cut text before byte-pair merging; each is the one that the model was trained with.
@@ -104,19 +106,20 @@ def tokenizer_from_folder(folder: Path) -> PreTrainedTokenizerBase | None:
         raise InputError(
             f"{folder} holds {', '.join(there)} but not the tokenizer's vocabulary; copy tokenizer.json beside it"
         )
+    check_tokenizer_files(folder)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it warns of model types that only the exported modelling file knows
+    problem = f"{folder}: the tokenizer ({', '.join(there)}) cannot be read"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False, **_without_config(folder)
-        )
-    except Exception as error:  # tokenizers raises plain Exception for a malformed file
-        raise InputError(
-            f"{folder}: the tokenizer ({', '.join(there)}) cannot be read ({_first_line(error)}); "
-            "copy all of the model's tokenizer files again"
-        ) from error
+        with refused(problem, "copy all of the model's tokenizer files again"), panics_unprinted():
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False, **_without_config(folder)
+            )
+            tokenizer.decode(tokenizer(_PROBE)["input_ids"])
     finally:
         logging.set_verbosity(verbosity)
+    if there == ["tokenizer.model"]:
+        tokenizer.add_bos_token = True  # as sentencepiece's Llama models were trained; nothing else says so
     return tokenizer
 
 
@@ -205,7 +208,7 @@ def _byte_level(
     pre = PRE_TOKENIZERS.get(name)
     if pre is None:
         raise InputError(
-            f"tokenizer.ggml.pre {str(name)[:40]!r} is not supported; supported: {', '.join(sorted(PRE_TOKENIZERS))}"
+            f"tokenizer.ggml.pre {name!r:.40} is not supported; supported: {', '.join(sorted(PRE_TOKENIZERS))}"
         )
     model = BPE(vocab=_vocabulary(tokens), merges=_merges(metadata), ignore_merges=pre.whole_words)
     tokenizer = Tokenizer(model)

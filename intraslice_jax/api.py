@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from intraslice_jax import convert
 from intraslice_jax.calibrate import data
+from intraslice_jax.calibrate.documents import read_files
 from intraslice_jax.calibrate.sources import TEXT_SUFFIXES
 from intraslice_jax.config import (
     CalibrationConfig,
@@ -157,7 +158,7 @@ def prune(
     for name in settings:
         if name not in known:
             raise InputError(f"prune has no setting {name!r}; {closest(name, known)}")
-    words = as_text(text)
+    words = as_text(model, text)
     name = preset or default_preset(settings.get("method", PruneConfig.method))
     config = dataclasses.replace(with_layout(named_preset(name), settings.get("layout")), sparsity=sparsity, **settings)
     calibrate = CalibrationConfig(samples=samples, sequence_length=sequence_length, seed=seed)
@@ -223,7 +224,7 @@ def perplexity(
     Raises:
         InputError: the text is the name of a file, or has fewer tokens than one window.
     """
-    found = text_windows(model, as_text(text), sequence_length, windows)
+    found = text_windows(model, as_text(model, text), sequence_length, windows)
     return measure_perplexity(model, found, batch_size, on_batch).perplexity
 
 
@@ -237,7 +238,7 @@ def text_windows(model: LanguageModel, text: str, sequence_length: int | None, l
     return data.consecutive_windows(data.encode(model.require_tokenizer(), text), length, limit)
 
 
-def as_text(given: Any) -> str:
+def as_text(model: LanguageModel, given: Any) -> str:
     """A `Text` as text: as it is, or that of the files that paths name.
 
     Raises:
@@ -253,7 +254,7 @@ def as_text(given: Any) -> str:
         raise InputError(
             f"the text must be a str, or a pathlib.Path or a list of them whose files hold it; found {given!r:.80}"
         )
-    return data.read_text(files)
+    return read_files(files).rendered(model.require_tokenizer())
 
 
 def export(

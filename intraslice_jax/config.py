@@ -235,7 +235,7 @@ class CalibrationConfig:
     Attributes:
         calibration: text files, or one `datasets` name (`NAME`, `NAME:CONFIG`, `NAME@FOLDER`), read as one stream.
         split: which split of the data set.
-        column: which column of the data set holds the text.
+        column: which column of the data set, or field of a file, holds the text.
         samples: number of windows.
         sequence_length: tokens per window; 2,048, or the model's context where that is shorter, if not given.
         seed: seed of the windows' positions.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from intraslice_jax import api
-from intraslice_jax.calibrate.data import read_text, text_hash
+from intraslice_jax.calibrate.data import text_hash
 from intraslice_jax.commands._command_line import command_line
 from intraslice_jax.commands._output import say, write_json
 from intraslice_jax.commands.demo import Options
@@ -42,8 +42,8 @@ def run_demo(options: Options) -> dict[str, Any]:
     """
     started = time.monotonic()
     data = find_data()
-    calibration, held_out = split_wiki(read_text([data.wiki]))
-    texts = {"wiki": held_out, "web": read_text([data.web])}
+    calibration, held_out = split_wiki(data.wiki.read_text(encoding="utf-8"))
+    texts = {"wiki": held_out, "web": data.web.read_text(encoding="utf-8")}
     length = options.calibrate.sequence_length
     with atomic_folder(options.output, options.overwrite) as folder:
         say(f"loading {data.model.name}")

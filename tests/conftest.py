@@ -81,5 +81,5 @@ def _bounded_memory() -> Iterator[None]:
 def _no_sample_texts() -> Iterator[None]:
     """They compile programs for every distinct layer, a second per run; tests of reports alone ask for them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("intraslice_jax.evaluate.samples.sample_texts", lambda dense, pruned: [])
+        patch.setattr("intraslice_jax.evaluate.samples.sample_texts", lambda *_: [])
         yield

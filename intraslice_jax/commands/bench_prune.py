@@ -59,8 +59,10 @@ def run(options: Options) -> None:
     length = window_length(calibrate.sequence_length, model.config.max_position_embeddings)
     shape = (calibrate.samples, length)
     if calibrate.calibration:
-        text = read_sources(calibrate.calibration, calibrate.split, calibrate.column, "--calibration")
-        windows = data.sample_windows(data.encode(model.require_tokenizer(), text), *shape, calibrate.seed)
+        documents = read_sources(calibrate.calibration, calibrate.split, calibrate.column, "--calibration")
+        tokenizer = model.require_tokenizer()
+        stream = data.encode(tokenizer, documents.rendered(tokenizer))
+        windows = data.sample_windows(stream, *shape, calibrate.seed)
     else:
         windows = np.random.default_rng(calibrate.seed).integers(0, model.config.vocab_size, shape, dtype=np.int32)
     if options.layers is not None:

@@ -82,11 +82,13 @@ def run(options: Options) -> None:
             raise InputError(f"{name} under prune is one value; compare takes several, as `{_PLURAL[name]}` at the top")
     trials = plan_trials(options.methods, options.sparsity, options.ratios, options.prune)
     calibrate = options.calibrate
-    text = read_sources(calibrate.calibration, calibrate.split, calibrate.column, "--calibration")
+    documents = read_sources(calibrate.calibration, calibrate.split, calibrate.column, "--calibration")
     held_out = read_held_out(options)
     model = api.load(options.model, options.dtype, make_mesh(options.parallel.mesh))
     length = window_length(calibrate.sequence_length, model.config.max_position_embeddings)
-    stream = data.encode(model.require_tokenizer(), text)
+    tokenizer = model.require_tokenizer()
+    text, held_out = documents.rendered(tokenizer), held_out.rendered(tokenizer)
+    stream = data.encode(tokenizer, text)
     calibration = data.sample_windows(stream, calibrate.samples, length, calibrate.seed)
     evaluation = api.text_windows(model, held_out.text, length, held_out.windows)
 

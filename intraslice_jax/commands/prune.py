@@ -94,13 +94,14 @@ def _prune(options: Options, journal: Journal | None) -> None:
     calibrate = options.calibrate
     with run_progress() as progress:
         progress.tell("reading", 0, 0)
-        text = read_sources(calibrate.calibration, calibrate.split, calibrate.column, "--calibration")
+        documents = read_sources(calibrate.calibration, calibrate.split, calibrate.column, "--calibration")
         held_out = read_held_out(options) if options.text or options.dataset else None
         if options.residency != "device":
             return_freed_arrays()
         model = api.load(options.model, options.dtype, make_mesh(options.parallel.mesh), options.residency)
-        windows = None
+        text, windows = documents.rendered(model.require_tokenizer()), None
         if held_out is not None:  # a text that is too short is found before the run, not after it
+            held_out = held_out.rendered(model.require_tokenizer())
             windows = api.text_windows(model, held_out.text, calibrate.sequence_length, held_out.windows)
         clock.finish("reading")
         progress.expect(expected_seconds(model, options.prune, calibrate, windows))
@@ -114,8 +115,7 @@ def _prune(options: Options, journal: Journal | None) -> None:
             measuring.finish("perplexity")
         samples = []
         if options.residency == "device" and jax.process_count() == 1:  # elsewhere each token would move all layers
-            progress.tell("sample texts", 0, 0)
-            samples = sample_texts(model, pruned)
+            samples = sample_texts(model, pruned, partial(progress.tell, "sample texts"))
             measuring.finish("sample texts")
         progress.tell("writing", 0, 0)
         report = {

@@ -20,17 +20,17 @@ from typing import Any, Literal
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 from pydantic import ConfigDict
-from transformers import AutoTokenizer
 from typing_extensions import TypedDict
 
 from intraslice_jax.config import ModelConfig
 from intraslice_jax.errors import InputError
 from intraslice_jax.io.digests import check_digests, write_digests
 from intraslice_jax.io.reading import read_json
-from intraslice_jax.io.streaming import StreamedArrays, not_empty, settled, write_failure, write_streamed
+from intraslice_jax.io.streaming import StreamedArrays, not_empty, settled, stored_shapes, write_failure, write_streamed
 from intraslice_jax.model import LanguageModel, StoredModel, as_stored
 from intraslice_jax.models.decoder import abstract_arrays, decoder_to_arrays
 from intraslice_jax.parallel.distributed import is_first, shared_folder
+from intraslice_jax.report.schema import StoredReport
 
 FORMAT = "intraslice-checkpoint"
 VERSION = 1
@@ -53,6 +53,22 @@ class Description(Marked):
     dtype: Literal["float32", "bfloat16", "float16"]
     model: dict[str, Any]
     generation_config: dict[str, Any]
+
+
+class Origin(TypedDict):
+    """What Orbax keeps with the arrays: the config.json that was written with them."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    description: dict[str, Any]
+
+
+class Written(TypedDict):
+    """The part of Orbax's own description that matters here."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    custom_metadata: Origin
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -135,17 +151,17 @@ def open_checkpoint(path: str | Path, dtype: str | None = None) -> StoredModel:
             "use the version of the program that wrote it"
         )
     description = read_json(path / "config.json", Description, ADVICE)
-    report = read_json(path / "report.json", dict[str, Any], ADVICE)
+    report = dict[str, Any](read_json(path / "report.json", StoredReport, ADVICE))
     if is_first():  # the others read no more than their parts of the weights
         check_digests(path, "state")
     try:
         config = ModelConfig.from_json(description["model"])
-        with settled():
-            stored = ocp.metadata(_state(path))
-        _check_layers(config.num_layers, stored.metadata)
+        stored = stored_shapes(_state(path))
+        _check_layers(config.num_layers, stored)
         own_dtype = abstract_arrays(config, description["dtype"])
-        _check_shapes(not_empty(own_dtype), stored.metadata)
-        _check_origin(description, stored.custom_metadata)
+        _check_shapes({name: tuple(array.shape) for name, array in not_empty(own_dtype).items()}, stored)
+        written = read_json(Path(_state(path)) / "_CHECKPOINT_METADATA", Written, ADVICE)["custom_metadata"]
+        _check_origin(description, written["description"])
     except Exception as error:
         raise _damaged(path, error) from error
     arrays = StreamedArrays(_state(path), abstract_arrays(config, dtype) if dtype else own_dtype)
@@ -179,29 +195,25 @@ def _check_layers(count: int, stored: Mapping[str, Any]) -> None:
         raise InputError(f"config.json describes {count} layers, state/ holds {found}")
 
 
-def _check_origin(description: Description, written_with: Any) -> None:
+def _check_origin(description: Description, other: Mapping[str, Any]) -> None:
     """Raises InputError where the arrays are those of another model of the same shape."""
-    other = written_with.get("description") if isinstance(written_with, Mapping) else None
     for name in ("dtype", "model"):
-        if not isinstance(other, Mapping) or other.get(name) != description[name]:
+        if other.get(name) != description[name]:
             raise InputError(f"config.json and state/ were written for different models: their {name} differs")
 
 
-def _check_shapes(expected: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+def _check_shapes(expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]]) -> None:
     """Raises InputError for the first array that differs: Orbax would say so in a hundred lines."""
     for name in sorted(expected.keys() | stored.keys()):
-        want, found = (tuple(arrays[name].shape) if name in arrays else None for arrays in (expected, stored))
+        want, found = expected.get(name), stored.get(name)
         if want != found:
             raise InputError(f"config.json describes {name} with shape {want}, state/ holds {found}")
 
 
 def _tokenizer(path: Path):
-    if not (path / "tokenizer_config.json").exists():
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # tokenizers raises bare Exception for a damaged file
-        raise InputError(f"{path}: the tokenizer cannot be read: {_first_line(error)}") from error
+    from intraslice_jax.convert.tokenizer import tokenizer_from_folder  # whose package imports this one
+
+    return tokenizer_from_folder(path)
 
 
 def _first_line(error: BaseException) -> str:

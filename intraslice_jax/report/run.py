@@ -107,12 +107,15 @@ def read_run(folder: str | Path) -> Run:
 
 def _report(folder: Path) -> Mapping[str, Any]:
     expected = "give a folder that `intraslice prune` wrote"
-    if not folder.is_dir():
-        raise InputError(f"{folder} {'is a file' if folder.is_file() else 'does not exist'}; {expected}")
     path = folder / "report.json"
-    if not path.exists():
-        found = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
-        raise InputError(f"{folder} is no run: it has no report.json (it holds {found}); {expected}")
+    try:
+        if not folder.is_dir():
+            raise InputError(f"{folder} {'is a file' if folder.is_file() else 'does not exist'}; {expected}")
+        if not path.exists():
+            found = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
+            raise InputError(f"{folder} is no run: it has no report.json (it holds {found}); {expected}")
+    except OSError as error:  # a name too long, a folder of somebody else
+        raise InputError(f"{folder} cannot be read: {error.strerror}; {expected}") from error
     report = parse_json(read_bytes(path, expected), str(path), expected)
     missing = [name for name in REQUIRED if not isinstance(report, dict) or name not in report]
     if missing:

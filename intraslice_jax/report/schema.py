@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, NotRequired, cast
 
 from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict
@@ -167,18 +167,24 @@ class Settings(TypedDict, total=False):
 
 
 @_open
-class Report(TypedDict, total=False):
+class StoredReport(TypedDict, total=False):
+    """What is read of the report of any checkpoint; whoever made the model may have put anything else in."""
+
+    removed_block_fraction: Removed
+    removed_model_fraction: Removed
+    calibration_samples: Count
+    calibration_sequence_length: Count
+
+
+@_open
+class Report(StoredReport, total=False):
     """What a run recorded."""
 
     model: str
     method: str
     sparsity: Finite
-    removed_block_fraction: Removed
-    removed_model_fraction: Removed
     block_parameters: BeforeAndAfter
     total_parameters: BeforeAndAfter
-    calibration_samples: Count
-    calibration_sequence_length: Count
     layers: Annotated[list[Layer], Field(min_length=1, max_length=MAX_LAYERS)]
     dense_layers: Annotated[list[DenseLayer], Field(min_length=1, max_length=MAX_LAYERS)]
     removed_by_layer: ByModule
@@ -218,14 +224,14 @@ class Evaluation(TypedDict):
     tasks: NotRequired[list[TaskScores]]
 
 
-def check_report(data: Any, path: Path) -> Report:
+def check_report(data: Any, path: Path) -> dict[str, Any]:
     """A parsed `report.json`, checked; its lists agree about the number of layers.
 
     Raises:
         InputError: something is of a wrong type, out of range, or contradicts the rest.
     """
     check_version(data, path)
-    report = check(data, Report, str(path))
+    report = cast(dict[str, Any], check(data, Report, str(path)))
     _check_lengths(report, path)
     for i, layer in enumerate(report.get("layers", [])):
         if layer["layer"] != i:

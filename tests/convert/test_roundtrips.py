@@ -18,8 +18,9 @@ from tests.convert.roundtrips import FORMS, TOKENS, VOCAB, byte_level, random_mo
 from tests.tiny import tiny_text, write_tiny_llama
 
 COUNT = int(os.environ.get("ROUNDTRIPS", "16"))
-# Layers of different widths, RoPE pairs in another order, and half of a head of two channels.
-FAILED_ONCE = (16, 17, 38, 55, 68)
+# Layers of different widths, longrope, RoPE pairs in another order, half of a head of two channels, layers that do not
+# rotate beside layers that kept every pair (gguf).
+FAILED_ONCE = (16, 17, 38, 40, 55, 68)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import torch
 from safetensors.numpy import save_file
@@ -44,7 +45,6 @@ def targets() -> list[Target]:
             Target(f"checkpoint/{name}", _checkpoint(name), _read_sealed_checkpoint, mutations)
             for name, mutations in (
                 ("state/_CHECKPOINT_METADATA", text),
-                ("state/state/_METADATA", text),
                 ("state/state/manifest.ocdbt", data),
                 ("state/state/d/*", data),
             )
@@ -126,6 +126,8 @@ def _read_journal(folder: Path) -> object:
                 arrays, facts = journal.layer(0, LayerFacts)
                 found += [dict(arrays), facts, journal.stream([jnp.ones((2, 4))], StreamFacts)]
             return found
+    except jaxtyping.TypeCheckError as error:  # what checks annotations in tests reads an array to see its kind
+        raise error.__cause__ if isinstance(error.__cause__, InputError) else error from error
     finally:
         logging.getLogger(journal_module.__name__).disabled = False
 

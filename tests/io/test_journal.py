@@ -300,7 +300,7 @@ def test_facts_of_another_kind_are_refused(copy):
     entry.write_text(json.dumps(content))
     write_digests(entry.parent, ".")
     with pytest.raises(
-        InputError, match=r"00001/entry\.json: facts: record\.layer must be a valid integer, found 'one'"
+        InputError, match=r"00001/entry\.json: facts: record\.layer must be a whole number, found 'one'"
     ):
         run(make("gqa", layers=LAYERS), FINE, copy)
 
