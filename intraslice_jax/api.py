@@ -298,7 +298,7 @@ def export(
 def generate(
     model: LanguageModel,
     prompt: str,
-    max_new_tokens: int = 64,
+    max_new_tokens: int | None = None,
     *,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -311,7 +311,8 @@ def generate(
     Args:
         model: dense or pruned.
         prompt: text; the tokenizer's special tokens are added.
-        max_new_tokens: the most tokens to add; a stop token of the model ends it earlier.
+        max_new_tokens: the most tokens to add, None for 64 or what the context leaves if that is less; a stop token of
+            the model ends it earlier.
         temperature: 0 takes the likeliest token at every step, higher values sample.
         top_k: sample from so many of the likeliest tokens, 0 for all.
         top_p: sample from the fewest likeliest tokens whose probabilities reach this sum.

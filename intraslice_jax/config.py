@@ -220,8 +220,8 @@ def window_length(given: int | None, context: int) -> int:
         return min(USUAL_LENGTH, context)
     if given > context:
         raise InputError(
-            f"sequence_length {given} is longer than the model's context of {context} tokens; leave `sequence_length` "
-            f"out, or give {context} or less"
+            f"sequence_length {given} is longer than the context of the model, {context} tokens; leave "
+            f"`sequence_length` out, or give {context} or less"
         )
     return given
 

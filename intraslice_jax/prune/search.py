@@ -115,7 +115,9 @@ class Search(Resumable):
         """All steps of all layers measured one by one, or of as many layers as the time allows."""
         dense, now, config = model.config, best.pruned.config.layers, candidates.config
         tail = Tail.start(model, candidates.held_out, best.blocks)
-        first = len(state.moves)
+        first, every = len(state.moves), _modules(dense, config.search_rounds)
+        if on_batch is not None:
+            on_batch(_modules(dense, state.round) + LAYER_STEPS * first, every)
         found = variants(
             model, candidates.train, config, lambda i: steps(now[i], dense.layers[i], config), first, best.blocks
         )
@@ -132,8 +134,7 @@ class Search(Resumable):
             state.moves.append(measured)
             state.keep_in(run_log)
             if on_batch is not None:
-                done = _modules(dense, state.round) + LAYER_STEPS * (layer + 1)
-                on_batch(done, _modules(dense, config.search_rounds))
+                on_batch(_modules(dense, state.round) + LAYER_STEPS * (layer + 1), every)
             if clock.is_over():
                 break
         return state.moves
