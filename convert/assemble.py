@@ -13,7 +13,7 @@ import numpy as np
 from intraslice_jax.config import ModelConfig
 from intraslice_jax.convert.families import Family, default_rope_pairs
 from intraslice_jax.convert.mapping import Tensor
-from intraslice_jax.convert.sources import TensorSource
+from intraslice_jax.convert.sources import TensorSource, not_read
 from intraslice_jax.errors import InputError
 
 DTYPES = {
@@ -21,9 +21,15 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
-# Tables that older checkpoints store although they follow from the configuration.
-_NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|\.attention\.(masked_)?bias$")
+# Tables that older checkpoints store although they follow from the configuration; transformers ignores them, too.
+_NOT_WEIGHTS = re.compile(
+    r"(rotary_emb\.((original_)?inv_freq|(cos|sin)_cached)|(^|\.)(position_ids|causal_mask)"
+    r"|\.(attention|attn|self_attn)\.(masked_bias|bias))$"
+)
+_LAYER, _BIAS = re.compile(r"\.\d+\."), re.compile(r"\.(self_attn|mlp)\.\w+\.bias$")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_UNTIE = "if the model is not tied, set tie_word_embeddings to false in config.json"
+_WHOLE = ("int32", "int64")
 _CHUNK = 1 << 24  # elements that the search for NaN looks at in one go
 
 
@@ -56,7 +62,9 @@ class CheckpointArrays(Mapping[str, np.ndarray]):
         if path in self._pairs:
             return self._pairs[path]
         tensor = self._tensors[path]
-        name = self._names[tensor.name]
+        name = self._names.get(tensor.name)
+        if name is None:
+            return np.zeros(tensor.shapes[path], self.dtype)
         return _cast(tensor.unpack(self._read(tensor, name))[path], self.dtype, name, self._source.where)
 
     def part(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
@@ -64,7 +72,9 @@ class CheckpointArrays(Mapping[str, np.ndarray]):
         if path in self._pairs:
             return self._pairs[path][index]
         tensor = self._tensors[path]
-        name = self._names[tensor.name]
+        name = self._names.get(tensor.name)
+        if name is None:
+            return self[path][index]
         part = np.ascontiguousarray(tensor.unpack(self._source.view(name))[path][index])
         _check_finite(part, name, self._source.where)
         return _cast(part, self.dtype, name, self._source.where)
@@ -108,7 +118,10 @@ def _check_layers(config: ModelConfig, source: TensorSource) -> None:
 
 
 def _match(tensors: Sequence[Tensor], config: ModelConfig, source: TensorSource) -> dict[str, str]:
-    """The name in the checkpoint of every tensor, once none is missing, left over or misshapen."""
+    """The name in the checkpoint of every tensor, once none is missing, left over or misshapen.
+
+    Biases that a checkpoint may leave out have no name.
+    """
     there = {name for name in source.dtypes if not _NOT_WEIGHTS.search(name)}
     names = {tensor.name: tensor.name for tensor in tensors}
     if config.tie_word_embeddings:
@@ -116,7 +129,13 @@ def _match(tensors: Sequence[Tensor], config: ModelConfig, source: TensorSource)
             names[_EMBEDDING] = _HEAD
         else:
             there.discard(_HEAD)
+    for name in sorted(there.intersection(names.values())):
+        if source.dtypes[name] not in (*DTYPES, "float64", *_WHOLE):
+            raise not_read(source.where, name, source.dtypes[name])
     missing, left = set(names.values()) - there, there - set(names.values())
+    absent = _absent_biases(missing, there, source.layers_lack_biases)
+    names = {name: stored for name, stored in names.items() if stored not in absent}
+    missing -= absent
     if missing or left:
         hint = ""
         if missing == {_HEAD}:
@@ -124,24 +143,42 @@ def _match(tensors: Sequence[Tensor], config: ModelConfig, source: TensorSource)
         raise InputError(
             f"{source.where} does not fit its configuration: missing {_some(missing)}; left over {_some(left)}{hint}"
         )
-    for tensor in tensors:
-        found = source.shapes[names[tensor.name]]
+    for tensor in (tensor for tensor in tensors if tensor.name in names):
+        name = names[tensor.name]
+        found = source.shapes[name]
         if found != tensor.shape:
             raise InputError(
                 f"{source.where}: tensor {tensor.name} has shape {list(found)}, "
                 f"the configuration implies {list(tensor.shape)}"
             )
+        if any(path.endswith("rope_pairs") for path in tensor.shapes) != (source.dtypes[name] in _WHOLE):
+            raise InputError(f"{source.where}: tensor {name} must not be {source.dtypes[name]}; the file is damaged")
     return names
+
+
+def _absent_biases(missing: set[str], there: set[str], by_layer: bool) -> set[str]:
+    """Of the missing tensors the biases that count as zero, as for transformers and llama.cpp.
+
+    Others of the same module have biases then; where no layer may be an exception, no layer has this one.
+    """
+    modules = {found[1] for name in there if (found := _BIAS.search(name))}
+    projections = set() if by_layer else {_LAYER.sub(".", name) for name in there}
+    return {
+        name
+        for name in missing
+        if (found := _BIAS.search(name)) and found[1] in modules and _LAYER.sub(".", name) not in projections
+    }
 
 
 def _check_tied(source: TensorSource) -> None:
     """A tied checkpoint may store the head a second time, but not another one."""
+    if source.shapes[_HEAD] != source.shapes[_EMBEDDING]:
+        raise InputError(f"{source.where}: {_HEAD} and {_EMBEDDING} have different shapes; {_UNTIE}")
     # By digest, so that only one of the two is in memory.
     head, embedding = (hashlib.sha256(source.read(name).view(np.uint8).data).digest() for name in (_HEAD, _EMBEDDING))
     if head != embedding:
         raise InputError(
-            f"{source.where}: {_HEAD} differs from {_EMBEDDING} although tie_word_embeddings is true; "
-            "set it to false in config.json"
+            f"{source.where}: {_HEAD} differs from {_EMBEDDING} although tie_word_embeddings is true; {_UNTIE}"
         )
 
 
@@ -177,6 +214,6 @@ def _check_finite(array: np.ndarray, name: str, where: str) -> None:
 
 
 def _some(names: set[str], most: int = 4) -> str:
-    listed = sorted(names)
+    listed = sorted(name if name.isprintable() else repr(name) for name in names)
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
     return (", ".join(listed[:most]) or "nothing") + more

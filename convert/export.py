@@ -16,9 +16,10 @@ from intraslice_jax.convert.assemble import DTYPES
 from intraslice_jax.convert.families import FAMILIES, to_checkpoint
 from intraslice_jax.convert.gguf_export import GGUF_DTYPES, export_gguf
 from intraslice_jax.convert.modelcard import Form, model_card
-from intraslice_jax.convert.pruned_config import MODELING_FILE, pruned_config
+from intraslice_jax.convert.pruned_config import MODELING_FILE, pruned_config, special_tokens
 from intraslice_jax.convert.shards import Planned, parse_size, write_tensors
 from intraslice_jax.convert.stock import StockForm, padded_form, stock_form
+from intraslice_jax.convert.tokenizer_writing import save_tokenizer
 from intraslice_jax.errors import InputError
 from intraslice_jax.io.atomic import atomic_folder
 from intraslice_jax.model import LanguageModel, StoredModel
@@ -99,7 +100,12 @@ def _export_folder(
             model.config,
         )
     else:
-        family, config, shapes, arrays = stock.family, stock.raw | {"dtype": dtype.name}, stock.config, stock.arrays
+        family, config, shapes, arrays = (
+            stock.family,
+            stock.raw | {"dtype": dtype.name, "torch_dtype": dtype.name},
+            stock.config,
+            stock.arrays,
+        )
     with atomic_folder(path, overwrite) as folder:
         _write_json(folder / "config.json", config)
         _write_json(folder / "generation_config.json", _generation_config(model))
@@ -109,7 +115,7 @@ def _export_folder(
         ]
         write_tensors(folder, plan, to_checkpoint(family, shapes, arrays), max_shard_size)
         if model.tokenizer is not None:
-            model.tokenizer.save_pretrained(folder)
+            save_tokenizer(model.tokenizer, folder)
         if stock is None:
             shutil.copyfile(Path(__file__).with_name(f"{MODELING_FILE}.py"), folder / f"{MODELING_FILE}.py")
         (folder / "README.md").write_text(model_card(model, _form(model, stock)), encoding="utf-8")
@@ -146,13 +152,7 @@ class _HostArrays(Mapping[str, np.ndarray]):
 def _generation_config(model: LanguageModel | StoredModel) -> dict[str, Any]:
     if model.generation_config:
         return model.generation_config
-    eos = model.config.eos_token_id
-    tokens = {
-        "bos_token_id": model.config.bos_token_id,
-        "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
-        "pad_token_id": model.config.pad_token_id,
-    }
-    return {key: value for key, value in tokens.items() if value is not None}
+    return {key: value for key, value in special_tokens(model.config).items() if value is not None}
 
 
 def _write_json(path: Path, data: Any) -> None:

@@ -160,6 +160,8 @@ FAMILIES = {
         Family("IntraSliceForCausalLM", "intraslice", (*_LLAMA, _ROPE_PAIRS), hf_config.intraslice),
     )
 }
+_OLD_NAMES = {"LLaMAForCausalLM": "LlamaForCausalLM"}
+"""Spellings of the first conversions."""
 
 
 def find_family(config: Mapping[str, Any]) -> Family:
@@ -174,9 +176,10 @@ def find_family(config: Mapping[str, Any]) -> Family:
     )
     architectures, model_type = named.get("architectures"), named.get("model_type")
     if isinstance(architectures, list) and architectures:
-        family = FAMILIES.get(str(architectures[0]))
+        name = str(architectures[0])
+        family = FAMILIES.get(_OLD_NAMES.get(name, name))
         if family is None:
-            raise InputError(f"architecture {architectures[0]} is not supported; {supported}")
+            raise InputError(f"architecture {name[:60]} is not supported; {supported}")
         if model_type not in (None, family.model_type):
             raise InputError(
                 f"{family.architecture} with model_type {model_type!r} (expected {family.model_type!r}) "

@@ -7,10 +7,12 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Required
 
 import gguf
 import numpy as np
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from intraslice_jax.config import ModelConfig, uniform_query_to_kv
 from intraslice_jax.convert.assemble import CheckpointArrays
@@ -21,6 +23,7 @@ from intraslice_jax.convert.rotation import fraction
 from intraslice_jax.convert.sources import TensorSource
 from intraslice_jax.convert.tokenizer import tokenizer_from_gguf
 from intraslice_jax.errors import InputError
+from intraslice_jax.io.reading import Count, Index, Positive, check
 from intraslice_jax.model import StoredModel
 
 
@@ -53,16 +56,55 @@ ARCHITECTURES = {
 _KEYS = {
     "embedding_length": "hidden_size",
     "block_count": "num_hidden_layers",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
     "attention.key_length": "head_dim",
     "context_length": "max_position_embeddings",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "attention.layer_norm_epsilon": "layer_norm_eps",
     "rope.freq_base": "rope_theta",
 }
+# Those that are one number, or in `deci` files a list of one for each layer.
+_WIDTHS = {
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "feed_forward_length": "intermediate_size",
+}
 _ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+
+_NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# What a file says about its model, without the architecture's prefix. Other keys are not looked at.
+Metadata = TypedDict(
+    "Metadata",
+    {
+        "general.architecture": Required[str],
+        "split.count": Index,
+        "expert_count": Index,
+        "block_count": Required[Count],
+        "embedding_length": Required[Count],
+        "context_length": Count,
+        "feed_forward_length": list[Index],
+        "attention.head_count": Required[list[Index]],
+        "attention.head_count_kv": list[Index],
+        "attention.key_length": Count,
+        "attention.value_length": Count,
+        "attention.sliding_window": Index,
+        "attention.layer_norm_rms_epsilon": Positive,
+        "attention.layer_norm_epsilon": Positive,
+        "rope.dimension_count": Count,
+        "rope.freq_base": Positive,
+        "rope.scale_linear": _NotNegative,
+        "rope.scaling.type": str,
+        "rope.scaling.factor": _NotNegative,
+        "rope.scaling.attn_factor": Positive,
+        "rope.scaling.original_context_length": Count,
+        "rope.scaling.yarn_beta_fast": Positive,
+        "rope.scaling.yarn_beta_slow": Positive,
+        "tokenizer.ggml.bos_token_id": Index,
+        "tokenizer.ggml.eos_token_id": Index,
+        "tokenizer.ggml.eot_token_id": Index,
+        "tokenizer.ggml.padding_token_id": Index,
+    },
+    total=False,
+)
 
 
 def open_gguf(path: Path, name: str, dtype: str | None) -> StoredModel:
@@ -73,9 +115,10 @@ def open_gguf(path: Path, name: str, dtype: str | None) -> StoredModel:
     """
     file = GgufFile(path)
     try:
-        raw = hf_config(file)
+        metadata = read_metadata(file)
+        raw = hf_config(file, metadata)
         family = _family(file, raw)
-        config = _with_own_widths(family.read_config(raw, json.dumps(raw, indent=2)), file.metadata)
+        config = _with_own_widths(family.read_config(raw, json.dumps(raw, indent=2)), metadata)
         tokenizer = tokenizer_from_gguf(file.metadata, config.max_position_embeddings)
         source = GgufSource(file, family, config)
     except InputError as error:
@@ -87,6 +130,8 @@ def open_gguf(path: Path, name: str, dtype: str | None) -> StoredModel:
 
 class GgufSource(TensorSource):
     """The tensors of a GGUF file under the names of a family's table."""
+
+    layers_lack_biases = True
 
     def __init__(self, file: GgufFile, family: Family, config: ModelConfig):
         self.where = str(file.path)
@@ -127,21 +172,46 @@ def unpermute(stored: np.ndarray, heads: int) -> np.ndarray:
     return stored.reshape(heads, -1, 2, *stored.shape[1:]).swapaxes(1, 2).reshape(stored.shape)
 
 
-def hf_config(file: GgufFile) -> dict[str, Any]:
+def read_metadata(file: GgufFile) -> Metadata:
+    """What the file says about its model, checked before anything of that size is built.
+
+    Raises:
+        InputError: unsupported architecture, or a key is missing, of another type, or more than the tensors allow.
+    """
+    name = file.metadata.get("general.architecture")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise InputError(
+            f"GGUF architecture {str(name)[:40]!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
+        )
+    found: dict[str, Any] = {}
+    for key in Metadata.__annotations__:
+        stored = key if key.startswith(("general.", "split.", "tokenizer.")) else f"{name}.{key}"
+        if stored in file.metadata:
+            value = file.metadata[stored]
+            found[key] = [value] if key in _WIDTHS and not isinstance(value, list) else value
+    metadata = check(found, Metadata, f"the metadata of architecture {name}")
+    if metadata["block_count"] > len(file.tensors):
+        raise InputError(f"{name}.block_count is {metadata['block_count']}, the file has {len(file.tensors)} tensors")
+    widest = max(max(place.shape) for place in file.tensors.values())
+    for key in ("embedding_length", "attention.key_length", *_WIDTHS):
+        values = metadata.get(key, [])
+        most = max(values, default=0) if isinstance(values, list) else values
+        if most > widest:
+            raise InputError(f"{name}.{key} is {most}, the file's widest tensor has {widest}")
+    return metadata
+
+
+def hf_config(file: GgufFile, metadata: Metadata) -> dict[str, Any]:
     """The `config.json` of the same model in transformers.
 
     Raises:
-        InputError: unsupported architecture, or a key is missing or contradictory.
+        InputError: what the file holds is not supported, or contradictory.
     """
-    metadata = file.metadata
-    name = metadata.get("general.architecture")
-    if name not in ARCHITECTURES:
-        raise InputError(f"GGUF architecture {name!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
-    if metadata.get("split.count", 1) > 1:
-        raise InputError(
-            f"the model is split into {metadata['split.count']} files; join them with llama-gguf-split --merge"
-        )
-    if metadata.get(f"{name}.expert_count"):
+    name = metadata["general.architecture"]
+    parts = metadata.get("split.count", 1)
+    if parts > 1:
+        raise InputError(f"the model is split into {parts} files; join them with llama-gguf-split --merge")
+    if metadata.get("expert_count"):
         raise InputError(f"GGUF architecture {name!r} with experts (MoE) is not supported; use a dense model")
     if "token_embd.weight" not in file.tensors:
         raise InputError("tensor token_embd.weight is missing")
@@ -151,36 +221,43 @@ def hf_config(file: GgufFile) -> dict[str, Any]:
         "model_type": FAMILIES[architecture.family].model_type,
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
-        "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
+        "attention_bias": _has_bias(file, "attn_q", "attn_k", "attn_v", "attn_output"),
+        "mlp_bias": _has_bias(file, "ffn_gate", "ffn_up", "ffn_down"),
         "hidden_act": "silu",
         "rope_theta": 10000.0,
         **architecture.config,
         **_tokens(metadata),
     }
     for key, hf_key in _KEYS.items():
-        if (value := metadata.get(f"{name}.{key}")) is not None:
-            first = value[0] if name == "deci" and isinstance(value, list) and value else value
-            raw[hf_key] = _shortest(first)
+        if (value := metadata.get(key)) is not None:
+            raw[hf_key] = _shortest(value)
+    for key, hf_key in _WIDTHS.items():
+        values = metadata.get(key, [])
+        if len(values) > 1 and name != "deci":
+            raise InputError(f"{name}.{key} must be one positive number for all layers, found {len(values)} numbers")
+        raw[hf_key] = values[0] if values else None
     heads = raw.get("num_attention_heads")
-    if not isinstance(heads, int) or heads < 1 or not isinstance(raw.get("hidden_size"), int):
-        raise InputError(f"{name}.attention.head_count must be one positive number for all layers, found {heads!r}")
+    if not heads:
+        raise InputError(f"{name}.attention.head_count must be a positive number, found {heads}")
+    raw["num_key_value_heads"] = raw["num_key_value_heads"] or heads
     head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
-    value_dim = metadata.get(f"{name}.attention.value_length", head_dim)
+    value_dim = metadata.get("attention.value_length", head_dim)
     if value_dim != head_dim:
         raise InputError(f"{name}.attention.value_length is {value_dim}, expected the key_length {head_dim}")
-    raw["partial_rotary_factor"] = fraction(metadata.get(f"{name}.rope.dimension_count", head_dim), head_dim)
-    window = metadata.get(f"{name}.attention.sliding_window")
+    raw["partial_rotary_factor"] = fraction(metadata.get("rope.dimension_count", head_dim), head_dim)
     if architecture.family == "Phi3ForCausalLM":
-        raw["sliding_window"] = window or None
-    raw.update(_rope_scaling(file, name, raw))
+        raw["sliding_window"] = metadata.get("attention.sliding_window") or None
+    raw.update(_rope_scaling(file, metadata, raw))
     return raw
 
 
-_WIDTHS = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
+def _has_bias(file: GgufFile, *projections: str) -> bool:
+    """Whether some layer has a bias on one of these projections; llama.cpp takes all of them as optional."""
+    ends = tuple(f".{projection}.bias" for projection in projections)
+    return any(name.startswith("blk.") and name.endswith(ends) for name in file.tensors)
 
 
-def _with_own_widths(config: ModelConfig, metadata: Mapping[str, Any]) -> ModelConfig:
+def _with_own_widths(config: ModelConfig, metadata: Metadata) -> ModelConfig:
     """The model with the numbers of heads and MLP widths that a `deci` file lists for each layer.
 
     Raises:
@@ -190,17 +267,16 @@ def _with_own_widths(config: ModelConfig, metadata: Mapping[str, Any]) -> ModelC
         return config
     lists = []
     for key in _WIDTHS:
-        values = metadata.get(f"deci.{key}")
-        values = values if isinstance(values, list) else [values] * config.num_layers
+        values = metadata.get(key, [])
+        values = values * config.num_layers if len(values) == 1 else values
         if len(values) != config.num_layers:
             raise InputError(
                 f"deci.{key} has {len(values)} entries, expected one for each of {config.num_layers} layers"
             )
-        for i, value in enumerate(values):
-            if not isinstance(value, int) or value < 1:
-                raise InputError(
-                    f"deci.{key}: layer {i} has {value!r}; layers without attention or MLP are not supported"
-                )
+        if 0 in values:
+            raise InputError(
+                f"deci.{key}: layer {values.index(0)} has 0; layers without attention or MLP are not supported"
+            )
         lists.append(values)
     layers = tuple(
         dataclasses.replace(shape, query_to_kv=uniform_query_to_kv(heads, kv_heads), intermediate_size=inner)
@@ -225,7 +301,7 @@ def _family(file: GgufFile, raw: Mapping[str, Any]) -> Family:
     return dataclasses.replace(family, entries=kept + fused)
 
 
-def _tokens(metadata: Mapping[str, Any]) -> dict[str, Any]:
+def _tokens(metadata: Metadata) -> dict[str, Any]:
     """Special token ids; text ends at the end of a turn as well as at the end of the text."""
     ids = {key: metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos", "eot", "padding")}
     ends = [ids[key] for key in ("eos", "eot") if ids[key] is not None]
@@ -237,9 +313,9 @@ def _tokens(metadata: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _rope_scaling(file: GgufFile, name: str, raw: Mapping[str, Any]) -> dict[str, Any]:
+def _rope_scaling(file: GgufFile, metadata: Metadata, raw: Mapping[str, Any]) -> dict[str, Any]:
     """`rope_scaling` from llama.cpp's keys, or from its tables of factors."""
-    get = {key: _shortest(file.metadata.get(f"{name}.rope.scaling.{key}")) for key in _SCALING_KEYS}
+    get = {key: _shortest(metadata.get(f"rope.scaling.{key}")) for key in _SCALING_KEYS}
     tables = [_table(file, tensor) for tensor in _ROPE_TENSORS]
     context, original = raw.get("max_position_embeddings"), get["original_context_length"]
     if tables[1] is not None and tables[2] is not None:
@@ -251,18 +327,19 @@ def _rope_scaling(file: GgufFile, name: str, raw: Mapping[str, Any]) -> dict[str
     if tables[0] is not None:
         return {"rope_scaling": _llama3(tables[0], raw)}
     kind = get["type"]
-    factor = get["factor"] or _shortest(file.metadata.get(f"{name}.rope.scale_linear"))
-    if kind in (None, "none") and (factor is None or factor == 1 or kind == "none"):
+    factor = get["factor"] or _shortest(metadata.get("rope.scale_linear"))
+    if kind in (None, "none") and (not factor or factor == 1 or kind == "none"):
         return {}
     if kind in (None, "linear"):
         return {"rope_scaling": {"rope_type": "linear", "factor": factor}}
     if kind == "yarn":
         scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original or context}
         scaling |= {hf: get[key] for key, hf in _YARN_KEYS.items() if get[key] is not None}
-        if get["attn_factor"] is not None and factor is not None:
+        if get["attn_factor"] is not None and factor:
             scaling["attention_factor"] = get["attn_factor"] * (1 + 0.1 * math.log(factor))
         return {"rope_scaling": scaling}
-    raise InputError(f"{name}.rope.scaling.type {kind!r} is not supported; supported: none, linear, yarn")
+    name = metadata["general.architecture"]
+    raise InputError(f"{name}.rope.scaling.type {kind[:40]!r} is not supported; supported: none, linear, yarn")
 
 
 _SCALING_KEYS = (
@@ -303,7 +380,13 @@ def _llama3(factors: list[float], raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _table(file: GgufFile, tensor: str) -> list[float] | None:
-    return [_shortest(x) for x in file.read(tensor).tolist()] if tensor in file.tensors else None
+    """Divisors of the frequencies; what is not a vector of positive numbers is refused."""
+    if tensor not in file.tensors:
+        return None
+    table = file.read(tensor)
+    if table.ndim != 1 or not (np.isfinite(table) & (table > 0)).all():
+        raise InputError(f"tensor {tensor} must be a vector of positive numbers; the file is damaged")
+    return [_shortest(float(x)) for x in table]
 
 
 def _shortest(value: Any) -> Any:

@@ -3,12 +3,14 @@
 llama.cpp's architecture `deci` has numbers of heads and MLP widths per layer, and one width for the heads of all
 layers, all of whose channels rotate with frequencies that a tensor in the file divides. Heads are as wide as all
 RoPE pairs that any KV head kept; channels that are not rotated stand at pairs of frequency 0. A model whose layers
-are all alike is written as `llama`, which more programs read.
+are all alike is written as `llama`, which more programs read. Widths that llama.cpp's kernels are slow with are filled
+up, too.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +20,7 @@ import numpy as np
 
 from intraslice_jax.config import LayerShape, ModelConfig, RopeConfig
 from intraslice_jax.convert.assemble import DTYPES
-from intraslice_jax.convert.families import FAMILIES
+from intraslice_jax.convert.families import FAMILIES, find_family
 from intraslice_jax.convert.gguf import ARCHITECTURES, permute
 from intraslice_jax.convert.gguf_tokenizer import tokenizer_metadata
 from intraslice_jax.convert.mapping import Tensor
@@ -38,6 +40,8 @@ _KINDS = {
 }
 GGUF_DTYPES = tuple(_KINDS)
 _BLOCK = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q8_0][0]
+_STEP = 64
+"""Numbers of a row that llama.cpp's float kernels take at a time (with AVX-512); they do the rest one by one."""
 _FLOATS = {
     gguf.GGMLQuantizationType.F32: DTYPES["float32"],
     gguf.GGMLQuantizationType.F16: DTYPES["float16"],
@@ -65,7 +69,7 @@ def export_gguf(
     Raises:
         InputError: llama.cpp's graphs cannot express the model or its tokenizer, or a number is too large.
     """
-    form = gguf_form(model.config, arrays, _BLOCK if dtype == "q8_0" else 1)
+    form = gguf_form(model.config, arrays)
     if model.tokenizer is None:
         raise InputError(
             f"{model.name} has no tokenizer, without which llama.cpp reads no file; put it beside the model"
@@ -167,13 +171,12 @@ class GgufForm(NamedTuple):
             yield tensor.name, array
 
 
-def gguf_form(config: ModelConfig, arrays: Mapping[str, Any], multiple: int = 1) -> GgufForm:
+def gguf_form(config: ModelConfig, arrays: Mapping[str, Any]) -> GgufForm:
     """The model as llama.cpp's `llama` or `deci`.
 
     Args:
-        config: the model.
+        config: the model; if it was pruned, widths become multiples of 64, those of heads up to the original one.
         arrays: its arrays by path.
-        multiple: MLP widths are filled up to multiples of this.
 
     Raises:
         InputError: it has a feature that these graphs do not have.
@@ -183,6 +186,10 @@ def gguf_form(config: ModelConfig, arrays: Mapping[str, Any], multiple: int = 1)
     pairs = [int(pair) for pair in np.unique(np.concatenate(rows))]
     most_rest = max(shape.qk_head_dim - shape.rotary_dim for shape in config.layers)
     width = max(2 * (len(pairs) + -(-most_rest // 2)), *(2 * -(-s.v_head_dim // 2) for s in config.layers))
+    whole, filled = config.head_dim // 2 * 2, _multiple(width, _STEP)
+    width = whole if width <= whole < filled else filled
+    if width == config.rotary_dim == config.head_dim and not most_rest:
+        pairs = list(range(width // 2))  # there is room for all: each has its own place and its own frequency
     scales = query_scales(config, width)
     frames = [whole_head_frame(pairs, width, s.qk_head_dim - s.rotary_dim, *scales) for s in config.layers]
 
@@ -193,7 +200,7 @@ def gguf_form(config: ModelConfig, arrays: Mapping[str, Any], multiple: int = 1)
         model_type="llama",
         head_dim=width,
         rotary_dim=width,
-        layers=tuple(_wide_layer(shape, width, multiple) for shape in config.layers),
+        layers=tuple(_wide_layer(shape, width, 1 if _unpruned(config) else _STEP) for shape in config.layers),
         rope=rope,
         source="",
     )
@@ -217,6 +224,18 @@ def _check(config: ModelConfig) -> None:
         )
 
 
+def _unpruned(config: ModelConfig) -> bool:
+    """Whether the model is what its original configuration says."""
+    if not config.source:
+        return False
+    raw = json.loads(config.source)
+    return find_family(raw).read_config(raw, config.source) == config
+
+
+def _multiple(width: int, of: int) -> int:
+    return -(-width // of) * of
+
+
 def _wide_layer(shape: LayerShape, width: int, multiple: int) -> LayerShape:
     """Equally many query heads in each group, whole rotated heads of one width."""
     groups = max(shape.group_sizes)
@@ -226,7 +245,7 @@ def _wide_layer(shape: LayerShape, width: int, multiple: int) -> LayerShape:
         qk_head_dim=width,
         rotary_dim=width,
         v_head_dim=width,
-        intermediate_size=-(-shape.intermediate_size // multiple) * multiple,
+        intermediate_size=_multiple(shape.intermediate_size, multiple),
     )
 
 

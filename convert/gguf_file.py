@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import gguf
 import ml_dtypes
@@ -18,8 +19,12 @@ import numpy as np
 
 from intraslice_jax.errors import InputError
 
+MAGIC = b"GGUF"
+
+_T = TypeVar("_T")
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_LONGEST_NAME = 127  # llama.cpp takes 63
 _PLAIN = {
     gguf.GGMLQuantizationType.F64: np.dtype(np.float64),
     gguf.GGMLQuantizationType.F32: np.dtype(np.float32),
@@ -50,7 +55,7 @@ class GgufFile:
         tensors: places by name.
 
     Raises:
-        InputError: the file is truncated, damaged or not GGUF.
+        InputError: the file is truncated, damaged, contradicts itself or is not GGUF.
     """
 
     def __init__(self, path: Path):
@@ -59,26 +64,26 @@ class GgufFile:
         try:
             with path.open("rb") as stream:
                 self._stream = stream
-                if self._bytes(4) != b"GGUF":
+                if self._bytes(4) != MAGIC:
                     raise _DamagedError("it does not start with GGUF")
                 (version,) = self._unpack("I")
                 if version not in (2, 3):
                     raise _DamagedError(f"version {version}, expected 2 or 3, little-endian")
                 tensors, pairs = self._unpack("QQ")
-                self.metadata = {self._string(): self._value(self._unpack("I")[0]) for _ in range(pairs)}
-                places = [self._tensor() for _ in range(tensors)]
+                self.metadata = _unique(self._pair() for _ in range(pairs))
+                places = _unique(self._tensor() for _ in range(tensors))
                 start = stream.tell()
                 align = self.metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
-                if not isinstance(align, int) or align < 1:
-                    raise _DamagedError(f"general.alignment is {align!r}")
+                if not isinstance(align, int) or align < 1 or align & (align - 1):
+                    raise _DamagedError(f"general.alignment is {repr(align)[:40]}, expected a power of two")
         except (_DamagedError, struct.error, ValueError, RecursionError) as error:
             raise InputError(f"{path} is damaged or not a GGUF file ({error}); download it again") from error
         start = -(-start // align) * align
-        self.tensors = {name: place._replace(offset=start + place.offset) for name, place in places}
+        self.tensors = {name: place._replace(offset=start + place.offset) for name, place in places.items()}
         for name, place in self.tensors.items():
             if place.offset + place.nbytes > self._size:
                 raise InputError(
-                    f"{path} is truncated: tensor {name} ends at byte {place.offset + place.nbytes}, "
+                    f"{path} is truncated: tensor {name!r} ends at byte {place.offset + place.nbytes}, "
                     f"the file at {self._size}; download it again"
                 )
 
@@ -99,7 +104,7 @@ class GgufFile:
             return gguf.dequantize(raw.reshape(shape), place.kind)
         except (NotImplementedError, ValueError) as error:
             raise InputError(
-                f"{self.path}: tensor {name} is quantised as {place.kind.name}, which cannot be undone ({error}); "
+                f"{self.path}: tensor {name!r} is quantised as {place.kind.name}, which cannot be undone ({error}); "
                 "use another quantisation of the model, for example Q8_0"
             ) from error
 
@@ -127,17 +132,33 @@ class GgufFile:
             raise _DamagedError(f"unknown value type {kind}")
         return self._unpack(_SCALARS[kind])[0]
 
+    def _pair(self) -> tuple[str, Any]:
+        return self._string(), self._value(self._unpack("I")[0])
+
     def _tensor(self) -> tuple[str, GgufTensor]:
         name = self._string()
+        if len(name) > _LONGEST_NAME:
+            raise _DamagedError(f"a tensor's name has {len(name)} characters")
         (axes,) = self._unpack("I")
-        if axes > 4:
-            raise _DamagedError(f"tensor {name} has {axes} axes")
+        if not 1 <= axes <= 4:
+            raise _DamagedError(f"tensor {name!r} has {axes} axes")
         shape = tuple(reversed(self._unpack(f"{axes}Q")))
         kind, offset = self._unpack("IQ")
         kind = gguf.GGMLQuantizationType(kind)
         block, nbytes = gguf.GGML_QUANT_SIZES[kind]
+        if min(shape) < 1 or shape[-1] % block:
+            raise _DamagedError(f"tensor {name!r} of the type {kind.name} has the shape {list(shape)}")
         return name, GgufTensor(shape, kind, offset, math.prod(shape) // block * nbytes)
 
 
 class _DamagedError(Exception):
     """The file contradicts itself."""
+
+
+def _unique(pairs: Iterable[tuple[str, _T]]) -> dict[str, _T]:
+    found: dict[str, _T] = {}
+    for name, value in pairs:
+        if name in found:
+            raise _DamagedError(f"it has {name[:100]!r} twice")
+        found[name] = value
+    return found

@@ -41,7 +41,7 @@ class GenerationSettings(TypedDict, total=False):
 
 def is_hub_id(text: str) -> bool:
     """Whether a text can be the id of a model on the hub: NAME or OWNER/NAME."""
-    return bool(_HUB_ID.fullmatch(text)) and ".." not in text and not text.endswith((".gguf", ".json"))
+    return bool(_HUB_ID.fullmatch(text)) and ".." not in text and not text.lower().endswith((".gguf", ".json"))
 
 
 def read_config(folder: Path) -> tuple[Family, ModelConfig]:
@@ -59,7 +59,7 @@ def read_config(folder: Path) -> tuple[Family, ModelConfig]:
             "if its weights are merged already, remove adapter_config.json"
         )
     if not path.exists():
-        others = sorted(folder.glob("*.gguf"))
+        others = sorted(file for file in folder.glob("*") if file.suffix.lower() == ".gguf")
         hint = f"; to load the GGUF file in it, name {others[0]}" if others else "; is it a model's folder?"
         raise InputError(f"{folder} holds no config.json{hint}")
     raw: dict[str, Any] = read_json(path, dict)

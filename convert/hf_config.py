@@ -11,6 +11,8 @@ from transformers import AutoConfig
 from typing_extensions import TypedDict
 
 from intraslice_jax.config import LayerShape, ModelConfig, RopeConfig, uniform_query_to_kv
+from intraslice_jax.convert.pruned_config import pruned_layers
+from intraslice_jax.convert.rotation import fraction
 from intraslice_jax.errors import InputError
 from intraslice_jax.io.reading import Count, Index, Positive, check
 from intraslice_jax.models.mlp import check_activation
@@ -189,13 +191,31 @@ def phi(raw: Mapping[str, Any], source: str = "") -> ModelConfig:
 
 
 def intraslice(raw: Mapping[str, Any], source: str = "") -> ModelConfig:
-    """The configuration that this program's own exports carry; `source` is the original model's, inside it."""
+    """This program's own exports; `source` is the original model's configuration, inside this one."""
     del source
-    if not isinstance(raw.get("intraslice"), Mapping):
-        raise InputError("the key intraslice, this program's description of the model, is missing")
-    _refuse({key: value for key, value in raw.items() if key != "per_layer_config"})
-    return ModelConfig.from_json(raw["intraslice"])
+    layers, own = pruned_layers(raw)
+    # Read as an unpruned model's that has these features, with heads that rotate as the original's did.
+    shared = {key: value for key, value in raw.items() if key != "per_layer_config"}
+    shared = _completed({**_NO_TOKENS, **shared}, "llama")
+    for key in ("rope_parameters", "rope_scaling"):  # the modelling file does not look at this one
+        shared[key] = {k: v for k, v in (shared[key] or {}).items() if k != "partial_rotary_factor"}
+    shared |= {
+        "model_type": own["model_type"],
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": own["head_dim"],
+        "partial_rotary_factor": fraction(own["rotary_dim"], own["head_dim"]),
+        "rms_norm_eps": own["norm_eps"],
+        "attention_bias": own["attention_bias"],
+        "mlp_bias": own["mlp_bias"],
+    }
+    features = ("norm", "parallel_block", "gated_mlp", "attention_output_bias", "lm_head_bias")
+    model = _model(shared, own["source"], partial_rotary=1.0, **{name: own[name] for name in features})
+    return model.with_layers(layers)
 
+
+_NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+"""Defaults of our own configuration class."""
 
 _NO_BIASES = {"attention_bias": False, "mlp_bias": False}
 """Of families without bias options, which ignore them, as transformers does."""

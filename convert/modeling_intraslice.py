@@ -5,10 +5,10 @@ This file travels inside an exported folder and needs nothing but PyTorch and tr
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 
-One class serves every family (Llama, Mistral, Qwen2, Phi-3, Phi-1/1.5/2, ...). `config.intraslice` describes the
-original model and each layer's widths: query heads may share key/value heads in groups of different sizes, queries
-and keys may be wider or narrower than values, and every key/value head keeps its own choice of rotary frequencies.
-The softmax scale stays that of the original head width.
+One class serves every family (Llama, Mistral, Qwen2, Phi-3, Phi-1/1.5/2, ...). `config.per_layer_config` has each
+layer's widths, `config.intraslice` what has no usual key: query heads may share key/value heads in groups of different
+sizes, queries and keys may be wider or narrower than values, and every key/value head keeps its own choice of rotary
+frequencies. The softmax scale stays that of the original head width.
 """
 
 from dataclasses import field
@@ -17,29 +17,44 @@ from typing import Any, ClassVar
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
+from transformers import AutoModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation.utils import GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+try:
+    from peft.utils import constants as peft_constants
+except ImportError:
+    peft_constants = None
+
 # transformers 5.24 gave the argument and the output `past_key_values` the name `cache`.
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+# Attention functions that take values of another width than queries and keys.
+TWO_WIDTHS = ("eager", "sdpa", "flex_attention")
 
 
 @strict
 class IntraSliceConfig(PreTrainedConfig):
     """Configuration of a pruned model.
 
-    `intraslice` holds the description this file builds the model from. Head counts and widths at the top level are
-    the original head width and the largest of the layers; `per_layer_config` has what differs in a layer.
+    Head counts and widths at the top level are the original head width and the largest of the layers;
+    `per_layer_config` has what differs in a layer. `intraslice` holds what transformers has no keys for: the width that
+    sets the softmax scale, features of the family, and of each layer which key/value head its query heads read and how
+    many channels rotate.
     """
 
     model_type = "intraslice"
@@ -67,6 +82,13 @@ class IntraSliceConfig(PreTrainedConfig):
     sliding_window: int | None = None
     layer_types: list[str] = field(default_factory=list)
     intraslice: dict = field(default_factory=dict)
+
+    def __getattribute__(self, key: str) -> Any:
+        """The top level's value where layers differ; transformers raises, and a paged cache could not be made."""
+        try:
+            return super().__getattribute__(key)
+        except RuntimeError:
+            return self.__dict__[self.attribute_map.get(key, key)]
 
     def validate_architecture(self) -> None:
         """A pruned layer's heads need not divide the hidden size; its description must be complete."""
@@ -154,6 +176,11 @@ def repeat_kv(hidden_states: torch.Tensor, repeats: int) -> torch.Tensor:
     return hidden_states if repeats == 1 else hidden_states.repeat_interleave(repeats, dim=1)
 
 
+def fill(x: torch.Tensor, heads: int, width: int) -> torch.Tensor:
+    """[batch, heads, positions, width] with zeros behind the last head and channel: they change no score or output."""
+    return nn.functional.pad(x, (0, width - x.shape[-1], 0, 0, 0, heads - x.shape[1]))
+
+
 def eager_attention_forward(
     module: Any,
     query: torch.Tensor,
@@ -186,6 +213,7 @@ class IntraSliceAttention(nn.Module):
     def __init__(self, config: IntraSliceConfig, layer_idx: int) -> None:
         super().__init__()
         model, shape = config.intraslice, config.intraslice["layers"][layer_idx]
+        widths, slides = config.per_layer_config[layer_idx], config.layer_types[layer_idx] == "sliding_attention"
         self.config = config
         self.layer_idx = layer_idx
         self.groups: list[int] = shape["query_to_kv"]
@@ -196,10 +224,12 @@ class IntraSliceAttention(nn.Module):
         self.ragged = len(set(sizes)) > 1
         self.num_key_value_groups = 1 if self.ragged else sizes[0]
         self.widest_group = max(sizes)
-        self.head_dim = shape["qk_head_dim"]
-        self.v_head_dim = shape["v_head_dim"]
+        self.head_dim = widths.head_dim
+        self.v_head_dim = widths.v_head_dim
+        # The shape of a paged cache (continuous batching), one for all layers.
+        self.paged_heads, self.paged_width = config.num_key_value_heads, config.head_dim
         self.rotary_dim = shape["rotary_dim"]
-        self.sliding_window = shape["sliding_window"]
+        self.sliding_window = config.sliding_window if slides else None
         self.scaling = model["head_dim"] ** -0.5
         self.is_causal = True
 
@@ -240,15 +270,23 @@ class IntraSliceAttention(nn.Module):
         value = self.v_proj(hidden_states).view(*rows, -1, self.v_head_dim).transpose(1, 2)
         if self.rotary_dim:
             # [rows, kv heads, positions, pairs] of this layer's own frequencies
-            cos, sin = (table[..., self.rope_pairs].transpose(1, 2) for table in position_embeddings)
+            pairs = self.rope_pairs.long()
+            cos, sin = (table[..., pairs].transpose(1, 2) for table in position_embeddings)
             key = rotate(key, cos, sin)
             if self.ragged:
                 query = rotate(query, cos.index_select(1, self.query_to_kv), sin.index_select(1, self.query_to_kv))
             else:  # the queries of a group lie side by side and share the tables
                 grouped = query.unflatten(1, (-1, self.num_key_value_groups))
                 query = rotate(grouped, cos.unsqueeze(2), sin.unsqueeze(2)).flatten(1, 2)
-        if cache is not None:
+        in_kernel = kwargs.get("block_table") is not None  # the kernel itself writes and reads the pages
+        if isinstance(cache, Cache):
             key, value = cache.update(key, value, self.layer_idx)
+        elif cache is not None:  # pages have one shape for all layers
+            kv_heads = key.shape[1]
+            key, value = (fill(x, self.paged_heads, self.paged_width) for x in (key, value))
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
+            if not in_kernel:
+                key, value = key[:, :kv_heads, :, : self.head_dim], value[:, :kv_heads, :, : self.v_head_dim]
 
         implementation = self.config._attn_implementation or "eager"
         one_mask = attention_mask is None or attention_mask.shape[1] == 1
@@ -256,12 +294,14 @@ class IntraSliceAttention(nn.Module):
         if slotted:  # the queries of a key/value head stand where positions would
             query = query[:, :, 0].index_select(1, self.slot_to_query).unflatten(1, (-1, self.widest_group))
             kwargs["is_causal"] = False
+        elif in_kernel:
+            query = query.index_select(1, self.slot_to_query)
+            query = fill(query, self.paged_heads * self.widest_group, self.paged_width)
         elif self.ragged:
             key, value = key.index_select(1, self.query_to_kv), value.index_select(1, self.query_to_kv)
-        if self.head_dim != self.v_head_dim and implementation not in ("eager", "sdpa"):
-            # Most kernels want one width for queries, keys and values; zeros change neither scores nor outputs.
-            width = max(self.head_dim, self.v_head_dim)
-            query, key, value = (nn.functional.pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
+        if query.shape[-1] != value.shape[-1] and implementation not in TWO_WIDTHS:
+            width = max(query.shape[-1], value.shape[-1])
+            query, key, value = (fill(x, x.shape[1], width) for x in (query, key, value))
 
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         output, weights = attend(
@@ -276,9 +316,11 @@ class IntraSliceAttention(nn.Module):
             **kwargs,
         )
         if slotted:
-            output = output.transpose(1, 2).flatten(1, 2).index_select(1, self.query_to_slot)
-        output = output.reshape(*rows, len(self.groups), -1)[..., : self.v_head_dim]
-        return self.o_proj(output.reshape(*rows, -1)), weights
+            output = output.transpose(1, 2)
+        output = output.reshape(*rows, -1, value.shape[-1])
+        if slotted or in_kernel:
+            output = output.index_select(2, self.query_to_slot)
+        return self.o_proj(output[..., : self.v_head_dim].flatten(-2)), weights
 
 
 class IntraSliceMLP(nn.Module):
@@ -287,7 +329,7 @@ class IntraSliceMLP(nn.Module):
     def __init__(self, config: IntraSliceConfig, layer_idx: int) -> None:
         super().__init__()
         model = config.intraslice
-        inner, bias = model["layers"][layer_idx]["intermediate_size"], model["mlp_bias"]
+        inner, bias = config.per_layer_config[layer_idx].intermediate_size, model["mlp_bias"]
         self.gate_proj = nn.Linear(config.hidden_size, inner, bias=bias) if model["gated_mlp"] else None
         self.up_proj = nn.Linear(config.hidden_size, inner, bias=bias)
         self.down_proj = nn.Linear(inner, config.hidden_size, bias=bias)
@@ -328,6 +370,7 @@ class IntraSlicePreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = [CACHE]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
+    _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": IntraSliceDecoderLayer, "attentions": IntraSliceAttention}  # noqa: RUF012
@@ -392,7 +435,8 @@ class IntraSliceModel(IntraSlicePreTrainedModel):
             }
 
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        for layer, kind in zip(self.layers, layer_types, strict=True):
+        # Fewer layers than the model has: assisted generation with `assistant_early_exit`.
+        for layer, kind in zip(self.layers[: self.config.num_hidden_layers], layer_types, strict=False):
             hidden_states = layer(
                 hidden_states,
                 position_embeddings=position_embeddings,
@@ -441,28 +485,76 @@ class IntraSliceForCausalLM(IntraSlicePreTrainedModel, GenerationMixin):
             cache=past_key_values if cache is None else cache,
             **kwargs,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
+        hidden_states, keep = outputs.last_hidden_state, logits_to_keep
+        if isinstance(keep, int):
+            hidden_states = hidden_states[:, -keep:]
+        elif keep.ndim == 1:
+            hidden_states = hidden_states[:, keep]
+        elif keep.dtype == torch.bool:
+            hidden_states = hidden_states[keep]
+        else:  # positions of each row
+            hidden_states = hidden_states.take_along_dim(keep[..., None], dim=1)
+        logits = self.lm_head(hidden_states)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         rest: dict[str, Any] = {name: getattr(outputs, name) for name in (CACHE, "hidden_states", "attentions")}
         return CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
 
-    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:  # pyright: ignore
+    def prepare_inputs_for_generation(  # pyright: ignore
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         """Starts the cache anew where `longrope` changes from the short to the long frequencies.
 
         Cached keys were rotated with the frequencies of their time; behind the original context they no longer fit.
         """
-        rope, cache, mask = self.config.rope_parameters, kwargs.get(CACHE), kwargs.get("attention_mask")
-        if rope["rope_type"] == "longrope" and cache is not None:
-            limit, cached = rope["original_max_position_embeddings"], cache.get_seq_length()
-            length = input_ids.shape[1] if mask is None else int(mask.sum(-1).max())
-            if cached and length - (input_ids.shape[1] - cached) <= limit < length:
-                kwargs[CACHE] = None
-                if "next_sequence_length" in kwargs:
-                    kwargs["next_sequence_length"] = None  # all tokens again, not the last one only
-        return super().prepare_inputs_for_generation(input_ids, **kwargs)  # pyright: ignore
+        rope, cache = self.config.rope_parameters, kwargs.get(CACHE)
+        cached = cache.get_seq_length() if cache is not None else 0
+        if rope["rope_type"] == "longrope" and cached:
+            limit = rope["original_max_position_embeddings"]
+            places = input_ids.shape[1] if attention_mask is None else attention_mask.shape[1]
+            length = places if attention_mask is None else int(attention_mask.sum(-1).max())
+            if length - (places - cached) <= limit < length:
+                kwargs |= {CACHE: None, "next_sequence_length": None}  # all tokens again, not the last one only
+                if inputs_embeds is not None:
+                    new = input_ids[:, inputs_embeds.shape[1] - places :]
+                    inputs_embeds = torch.cat([inputs_embeds, self.get_input_embeddings()(new)], dim=1)
+                    kwargs["is_first_iteration"] = True
+        return super().prepare_inputs_for_generation(  # pyright: ignore
+            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+        )
 
 
-__all__ = ["IntraSliceConfig", "IntraSliceForCausalLM", "IntraSliceModel", "IntraSlicePreTrainedModel"]
+class IntraSliceForSequenceClassification(GenericForSequenceClassification, IntraSlicePreTrainedModel):
+    """Token ids to one label."""
+
+
+class IntraSliceForTokenClassification(GenericForTokenClassification, IntraSlicePreTrainedModel):
+    """Token ids to a label for each."""
+
+
+class IntraSliceForQuestionAnswering(GenericForQuestionAnswering, IntraSlicePreTrainedModel):
+    """Token ids to the first and last token of an answer."""
+
+
+# The classes above make their base model with `AutoModel`; saving it copies this file.
+AutoModel.register(IntraSliceConfig, IntraSliceModel)
+IntraSliceModel.register_for_auto_class("AutoModel")
+# Modules have the names they have in Llama: adapters without `target_modules` choose the same ones.
+for targets in vars(peft_constants).values() if peft_constants else ():
+    if isinstance(targets, dict) and "llama" in targets:
+        targets.setdefault(IntraSliceConfig.model_type, targets["llama"])
+
+__all__ = [
+    "IntraSliceConfig",
+    "IntraSliceForCausalLM",
+    "IntraSliceForQuestionAnswering",
+    "IntraSliceForSequenceClassification",
+    "IntraSliceForTokenClassification",
+    "IntraSliceModel",
+    "IntraSlicePreTrainedModel",
+]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from pydantic import ConfigDict, Field
+from typing_extensions import TypedDict
 
 from intraslice_jax.errors import InputError
+from intraslice_jax.io import reading
+from intraslice_jax.io.reading import check, parse_json
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -22,7 +24,28 @@ _DTYPES = {
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
 }
+_TORCH = ("float64", "float32", "float16", "bfloat16", "int64", "int32")
 _BIN_REMEDY = "or convert the checkpoint to safetensors"
+_LONGEST_HEADER = 100_000_000
+"""Bytes; the format's own library reads no longer ones."""
+
+Size = Annotated[int, Field(ge=0, le=2**63 - 1)]
+
+
+class Described(TypedDict):
+    """A tensor in the header of a safetensors file."""
+
+    dtype: str
+    shape: Annotated[tuple[Size, ...], Field(max_length=64)]  # NumPy has no more dimensions
+    data_offsets: tuple[Size, Size]
+
+
+class ShardIndex(TypedDict):
+    """A model.safetensors.index.json or pytorch_model.bin.index.json: each tensor's file."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    weight_map: Annotated[dict[str, str], Field(min_length=1)]
 
 
 class TensorSource(ABC):
@@ -30,13 +53,15 @@ class TensorSource(ABC):
 
     Attributes:
         where: the file or folder, for messages.
-        dtypes: by tensor, NumPy's name of what it is read as.
+        dtypes: by tensor, NumPy's name of what it is read as, or the file's of what is not read (`F8_E4M3`).
         shapes: by tensor, as `read` will give it.
+        layers_lack_biases: whether a layer may lack a bias that others have; it is zero then.
     """
 
     where: str
     dtypes: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
+    layers_lack_biases = False
     _viewed: tuple[str, np.ndarray] | None = None
 
     @abstractmethod
@@ -53,9 +78,16 @@ class TensorSource(ABC):
         return self._viewed[1]
 
 
+def not_read(where: str, name: str, dtype: str) -> InputError:
+    """What to say of a tensor of numbers that are not read: float8, packed integers."""
+    expected = "float32, float16, bfloat16 or float64"
+    return InputError(f"{where}: {name} is stored as {dtype}, expected {expected}; use the unquantised checkpoint")
+
+
 class _Place(NamedTuple):
     file: Path
-    dtype: np.dtype
+    dtype: np.dtype | None
+    stored: str
     shape: tuple[int, ...]
     offset: int
 
@@ -75,42 +107,41 @@ class Safetensors(TensorSource):
                 if name in self._places:
                     raise InputError(f"tensor {name} is in {self._places[name].file} and in {file}")
                 self._places[name] = place
-        self.dtypes = {name: place.dtype.name for name, place in self._places.items()}
+        self.dtypes = {name: p.dtype.name if p.dtype else p.stored for name, p in self._places.items()}
         self.shapes = {name: place.shape for name, place in self._places.items()}
 
     def read(self, name: str) -> np.ndarray:
         place = self._places[name]
+        if place.dtype is None:
+            raise not_read(self.where, name, place.stored)
         count = math.prod(place.shape)
         return np.fromfile(place.file, place.dtype, count, offset=place.offset).reshape(place.shape)
 
     def view(self, name: str) -> np.ndarray:
         place = self._places[name]
-        if not math.prod(place.shape):
+        if place.dtype is None or not math.prod(place.shape):
             return self.read(name)
         return np.memmap(place.file, place.dtype, "r", place.offset, place.shape)
 
 
 def _read_header(file: Path) -> dict[str, _Place]:
-    if not file.is_file():
-        raise InputError(f"{file} is missing; copy the whole checkpoint")
+    _check_file(file)
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > size - 8:
+        if size < 8 or length > min(size - 8, _LONGEST_HEADER):
             raise InputError(f"{file} is truncated or not a safetensors file; download it again")
-        try:
-            header = json.loads(stream.read(length))
-            places, end = {}, 0
-            for name, entry in header.items():
-                if name == "__metadata__":
-                    continue
-                start, stop = entry["data_offsets"]
-                places[name] = _place(file, name, entry, 8 + length + start, stop - start)
-                end = max(end, 8 + length + stop)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{file} has no valid safetensors header ({error}); download it again") from error
+        header = parse_json(stream.read(length), f"the header of {file}")
+    if isinstance(header, dict):
+        header.pop("__metadata__", None)
+    described = check(header, dict[str, Described], f"the header of {file}")
+    places, end = {}, 8 + length
+    for name, entry in sorted(described.items(), key=lambda item: item[1]["data_offsets"]):
+        start, stop = (8 + length + offset for offset in entry["data_offsets"])
+        if start != end:  # no bytes belong to two tensors, or to none
+            raise InputError(f"{file}: tensor {name} begins at byte {start}, expected {end}; download it again")
+        places[name] = _place(file, name, entry, start, stop - start)
+        end = stop
     if end != size:
         raise InputError(
             f"{file} has {size} bytes, its header describes {end}: it is "
@@ -119,16 +150,22 @@ def _read_header(file: Path) -> dict[str, _Place]:
     return places
 
 
-def _place(file: Path, name: str, entry: Mapping[str, Any], offset: int, nbytes: int) -> _Place:
-    dtype, shape = _DTYPES.get(entry["dtype"]), tuple(int(n) for n in entry["shape"])
-    if dtype is None:
+def _check_file(file: Path) -> None:
+    try:
+        found = "is missing" if not file.exists() else None if file.is_file() else "is not a file"
+    except OSError as error:  # a name that is too long
+        found = f"cannot be read: {error.strerror}"
+    if found:
+        raise InputError(f"{file} {found}; copy the whole checkpoint")
+
+
+def _place(file: Path, name: str, entry: Described, offset: int, nbytes: int) -> _Place:
+    dtype, shape = _DTYPES.get(entry["dtype"]), entry["shape"]
+    if dtype is not None and math.prod(shape) * dtype.itemsize != nbytes:
         raise InputError(
-            f"{file}: tensor {name} has dtype {entry['dtype']}; supported: {', '.join(_DTYPES)}. "
-            "Use the model's unquantised checkpoint"
+            f"{file}: tensor {name} {str(list(shape))[:100]} does not fit its {nbytes} bytes; download it again"
         )
-    if offset < 8 or min(shape, default=1) < 0 or math.prod(shape) * dtype.itemsize != nbytes:
-        raise InputError(f"{file}: tensor {name} {list(shape)} does not fit its {nbytes} bytes; download it again")
-    return _Place(file, dtype, shape, offset)
+    return _Place(file, dtype, entry["dtype"], shape, offset)
 
 
 class TorchFiles(TensorSource):
@@ -143,22 +180,30 @@ class TorchFiles(TensorSource):
         self._tensors: dict[str, Any] = {}
         for file in files:
             self._tensors.update(_torch_load(file))
-        self.dtypes = {name: str(t.dtype).removeprefix("torch.") for name, t in self._tensors.items()}
+        self.dtypes = {name: _torch_dtype(t) for name, t in self._tensors.items()}
         self.shapes = {name: tuple(t.shape) for name, t in self._tensors.items()}
 
     def read(self, name: str) -> np.ndarray:
         tensor = self._tensors[name]
+        if self.dtypes[name] not in _TORCH:
+            raise not_read(self.where, name, self.dtypes[name])
         if self.dtypes[name] == "bfloat16":
             # NumPy has no bfloat16 of its own; the bits travel as integers.
             import torch
 
-            return tensor.contiguous().view(torch.int16).numpy().copy().view(ml_dtypes.bfloat16)
-        return tensor.contiguous().numpy().copy()
+            return tensor.detach().contiguous().view(torch.int16).numpy().copy().view(ml_dtypes.bfloat16)
+        return tensor.detach().contiguous().numpy().copy()  # a parameter wants to know its gradient
+
+
+def _torch_dtype(tensor: Any) -> str:
+    """NumPy's name for it; another for tensors whose numbers do not lie side by side in memory."""
+    if str(tensor.layout) != "torch.strided" or tensor.device.type != "cpu":
+        return f"{tensor.layout} on {tensor.device.type}".removeprefix("torch.")
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _torch_load(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise InputError(f"{file} is missing; copy the whole checkpoint")
+    _check_file(file)
     try:
         import torch
     except ImportError as error:
@@ -169,8 +214,17 @@ def _torch_load(file: Path) -> dict[str, Any]:
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise InputError(f"{file} is damaged or holds more than tensors ({reason}); {_BIN_REMEDY[3:]}") from error
-    if not isinstance(content, dict) or not all(isinstance(t, torch.Tensor) for t in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in content.items()
+    ):
         raise InputError(f"{file} does not hold a mapping of names to tensors; {_BIN_REMEDY[3:]}")
+    for name, tensor in content.items():
+        # A stride of 0 makes a terabyte of one number.
+        if (
+            tensor.layout is torch.strided
+            and tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size()
+        ):
+            raise InputError(f"{file}: tensor {name} {list(tensor.shape)} is larger than what is stored of it")
     return content
 
 
@@ -187,9 +241,9 @@ def open_folder(folder: Path) -> TensorSource:
     """
     for stem, suffix, kind in (("model", "safetensors", Safetensors), ("pytorch_model", "bin", TorchFiles)):
         single, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
-        if single.is_file():
+        if single.exists():
             return kind([single], str(single))
-        if index.is_file():
+        if index.exists():
             return kind(_shards(index), str(folder))
         shards = sorted(folder.glob(f"{stem}-*-of-*.{suffix}"))
         if shards:
@@ -200,13 +254,10 @@ def open_folder(folder: Path) -> TensorSource:
 
 
 def _shards(index: Path) -> list[Path]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index} has no weight_map; download it again")
-    names = {str(name) for name in weight_map.values()}
-    outside = [name for name in names if Path(name).name != name]
+    names = set(reading.read_json(index, ShardIndex)["weight_map"].values())
+    outside = [name for name in names if Path(name).name != name or name in ("", "..") or "\0" in name]
     if outside:
-        raise InputError(f"{index} names a shard outside its folder: {outside[0]}")
+        raise InputError(f"{index} names a shard outside its folder: {outside[0]!r}")
     return [index.parent / name for name in sorted(names)]
 
 
@@ -216,12 +267,4 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         InputError: it is missing or not JSON.
     """
-    try:
-        data = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path} is missing") from error
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error}); download it again") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{path} must hold a JSON object, found a {type(data).__name__}")
-    return data
+    return reading.read_json(path, dict[str, Any])

@@ -11,7 +11,7 @@ import numpy as np
 
 from intraslice_jax.config import ModelConfig
 from intraslice_jax.convert.families import FAMILIES, Family, default_rope_pairs, find_family
-from intraslice_jax.convert.pruned_config import rope_parameters
+from intraslice_jax.convert.pruned_config import rope_parameters, special_tokens
 from intraslice_jax.convert.rotation import chosen_frequencies, fraction, query_scales
 from intraslice_jax.convert.widen import Frame, WidenedArrays, whole_head_frame
 from intraslice_jax.errors import InputError
@@ -44,6 +44,8 @@ class StockForm(NamedTuple):
 def stock_form(config: ModelConfig, arrays: Mapping[str, Any]) -> StockForm | None:
     """The model without a zero added: an unpruned one, or one whose layers all have the same heads, pairs and widths.
 
+    None where no stock class holds it: then the export brings its own modelling file.
+
     Args:
         config: the model.
         arrays: its arrays by path.
@@ -54,14 +56,19 @@ def stock_form(config: ModelConfig, arrays: Mapping[str, Any]) -> StockForm | No
     if not config.source:
         return None
     family, raw, dense = _original(config)
-    if dense == config:
+    if _changed_features(config, dense):
+        return None
+    if dense.layers == config.layers and not _more_biases(config, dense):
         expected = default_rope_pairs(config)
         if all(np.array_equal(np.asarray(arrays[path]), pairs) for path, pairs in expected.items()):
             return StockForm(family, raw, config, arrays)
     pairs = common_pairs(config, arrays)
     if pairs is None or not _alike(config, dense):
         return None
-    return _uniform(family, raw, dense, config, arrays, pairs)
+    try:
+        return _uniform(family, raw, dense, config, arrays, pairs)
+    except InputError:  # the class has no such numbers: heads of which only a part rotates, for example
+        return None
 
 
 def padded_form(config: ModelConfig, arrays: Mapping[str, Any]) -> StockForm:
@@ -71,11 +78,16 @@ def padded_form(config: ModelConfig, arrays: Mapping[str, Any]) -> StockForm:
     widest one left.
 
     Raises:
-        InputError: the model does not know its original configuration, or has biases that no stock class has.
+        InputError: the model does not know its original configuration, was changed beyond it, or has biases that no
+            stock class has.
     """
     if not config.source:
         raise InputError("the model does not know its original configuration; export it with --format hf")
     family, raw, dense = _original(config)
+    if changed := _changed_features(config, dense):
+        raise InputError(
+            f"the model differs from its original configuration in {', '.join(changed)}; export it with --format hf"
+        )
     raw = raw | {"intermediate_size": max(shape.intermediate_size for shape in config.layers)}
     target = family.read_config(raw, json.dumps(raw))
     if _more_biases(config, dense):
@@ -96,10 +108,10 @@ def padded_form(config: ModelConfig, arrays: Mapping[str, Any]) -> StockForm:
 
 
 def common_pairs(config: ModelConfig, arrays: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """The RoPE pairs that every KV head of every rotated layer kept; None where they differ."""
+    """The RoPE pairs, in ascending order, that every KV head of every rotated layer kept; None where they differ."""
     rows = np.concatenate(
         [
-            np.asarray(arrays[f"layers.{i}.attention.rope_pairs"])
+            np.sort(np.asarray(arrays[f"layers.{i}.attention.rope_pairs"]), axis=1)
             for i, shape in enumerate(config.layers)
             if shape.rotary_dim == max(s.rotary_dim for s in config.layers)
         ]
@@ -113,16 +125,45 @@ def _original(config: ModelConfig) -> tuple[Family, dict[str, Any], ModelConfig]
     family = find_family(raw)
     dense = family.read_config(raw, config.source)
     gone = ("auto_map", "_name_or_path", "torch_dtype")  # code that is not in the folder, and the old dtype
-    return family, {key: value for key, value in raw.items() if key not in gone}, dense
+    tokens = {key: ids for key, ids in special_tokens(config).items() if getattr(dense, key) != getattr(config, key)}
+    return family, _portable({key: value for key, value in raw.items() if key not in gone} | tokens), dense
+
+
+def _portable(raw: dict[str, Any]) -> dict[str, Any]:
+    """RoPE under the old keys, which every release of transformers reads; only 5.0 and newer read `rope_parameters`."""
+    given = raw.get("rope_scaling") or raw.get("rope_parameters")
+    if not isinstance(given, Mapping):
+        return raw
+    raw = {key: value for key, value in raw.items() if key not in ("rope_parameters", "rope_scaling")}
+    scaling = {key: value for key, value in given.items() if value is not None}
+    raw |= {key: scaling.pop(key) for key in ("rope_theta", "partial_rotary_factor") if key in scaling}
+    kind = scaling.pop("type", None)
+    kind = scaling.pop("rope_type", kind)
+    if kind in (None, "default"):
+        return raw
+    if kind == "longrope" and "original_max_position_embeddings" in scaling:
+        raw["original_max_position_embeddings"] = scaling.pop("original_max_position_embeddings")
+    # Phi-3's class of 4.x wants the name `type` and nothing beside the factors.
+    name = "type" if raw.get("model_type") == "phi3" else "rope_type"
+    return raw | {"rope_scaling": {name: kind, **scaling}}
+
+
+def _changed_features(config: ModelConfig, dense: ModelConfig) -> list[str]:
+    """Names of what changed beside the layers and their biases: somebody edited an export's `config.json`."""
+    values = [
+        {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+        | {"rope": rope_parameters(model)}
+        for model in (config, dense)
+    ]
+    pruned = ("layers", "attention_output_bias", "mlp_bias")
+    tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return [name for name, value in values[0].items() if value != values[1][name] and name not in (*pruned, *tokens)]
 
 
 def _alike(config: ModelConfig, dense: ModelConfig) -> bool:
     """Whether one set of widths describes all layers, and layers rotate or not as they did."""
     first = config.layers[0]
-    same = {
-        dataclasses.replace(shape, rotary_dim=first.rotary_dim, sliding_window=first.sliding_window)
-        for shape in config.layers
-    }
+    same = {(s.query_to_kv, s.qk_head_dim, s.v_head_dim, s.intermediate_size) for s in config.layers}
     rotated = {shape.rotary_dim for shape in config.layers if shape.rotary_dim}
     still = [bool(shape.rotary_dim) for shape in config.layers] == [bool(shape.rotary_dim) for shape in dense.layers]
     even = first.num_key_value_groups is not None and first.qk_head_dim == first.v_head_dim
@@ -156,12 +197,11 @@ def _uniform(
         chosen = dataclasses.replace(config, rope=chosen_frequencies(config, pairs, rotary // 2))
         partial = {} if rotary == width else {"partial_rotary_factor": fraction(rotary, width)}
         rope = {"rope_parameters": rope_parameters(chosen) | partial}
-    raw = {key: value for key, value in raw.items() if key not in _ROPE_KEYS} | {
+    raw = _portable({key: value for key, value in raw.items() if key not in _ROPE_KEYS} | rope) | {
         "num_attention_heads": shape.num_attention_heads,
         "num_key_value_heads": shape.num_key_value_heads,
         "head_dim": width,
         "intermediate_size": shape.intermediate_size,
-        **rope,
     }
     target = family.read_config(raw, json.dumps(raw))
     frames = []
@@ -194,25 +234,24 @@ def _plain_class(shapes: ModelConfig, features: ModelConfig) -> tuple[Family, di
     window = windows.pop()
     if windows or features.parallel_block or not features.gated_mlp or (window is not None and any(biases.values())):
         return None
-    eos = features.eos_token_id
     family = FAMILIES["LlamaForCausalLM" if window is None else "MistralForCausalLM"]
-    return family, {
-        "architectures": [family.architecture],
-        "model_type": family.model_type,
-        "vocab_size": features.vocab_size,
-        "hidden_size": features.hidden_size,
-        "num_hidden_layers": features.num_layers,
-        "num_attention_heads": shape.num_attention_heads,
-        "num_key_value_heads": shape.num_key_value_heads,
-        "head_dim": shape.qk_head_dim,
-        "intermediate_size": shape.intermediate_size,
-        "hidden_act": features.hidden_act,
-        "max_position_embeddings": features.max_position_embeddings,
-        "rms_norm_eps": features.norm_eps,
-        "rope_parameters": rope_parameters(features),
-        "tie_word_embeddings": features.tie_word_embeddings,
-        "bos_token_id": features.bos_token_id,
-        "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
-        "pad_token_id": features.pad_token_id,
-        **(biases if window is None else {"sliding_window": window}),
-    }
+    return family, _portable(
+        {
+            "architectures": [family.architecture],
+            "model_type": family.model_type,
+            "vocab_size": features.vocab_size,
+            "hidden_size": features.hidden_size,
+            "num_hidden_layers": features.num_layers,
+            "num_attention_heads": shape.num_attention_heads,
+            "num_key_value_heads": shape.num_key_value_heads,
+            "head_dim": shape.qk_head_dim,
+            "intermediate_size": shape.intermediate_size,
+            "hidden_act": features.hidden_act,
+            "max_position_embeddings": features.max_position_embeddings,
+            "rms_norm_eps": features.norm_eps,
+            "rope_parameters": rope_parameters(features),
+            "tie_word_embeddings": features.tie_word_embeddings,
+            **special_tokens(features),
+            **(biases if window is None else {"sliding_window": window}),
+        }
+    )

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Required
 
+from pydantic import Field
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
+from typing_extensions import TypedDict
 
-from intraslice_jax.errors import InputError
+from intraslice_jax.convert.tokenizer_files import check_tokenizer_files, panics_unprinted
+from intraslice_jax.errors import InputError, refused
+from intraslice_jax.io.reading import Finite, Index, check
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt")
 _VOCABULARIES = ({"tokenizer.json"}, {"tokenizer.model"}, {"vocab.json", "merges.txt"})
+_PROBE = "a\u0301 \u00e9\n"  # some damage shows only when the tokenizer is used
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # tokenizer.ggml.token_type; 1 is a usual piece
 
 # How the pre-tokenizers cut text before byte-pair merging; each is the one that the model was trained with.
@@ -61,6 +67,31 @@ PRE_TOKENIZERS = {
 _PRE_OF_ARCHITECTURE = {"phi2": "phi-2", "qwen2": "qwen2"}
 
 
+# Longer ones are in no vocabulary; every way to cut a token in two is looked at.
+_Token = Annotated[str, Field(max_length=4096)]
+_Vocabulary = TypedDict(
+    "_Vocabulary",
+    {
+        "general.architecture": str,
+        "tokenizer.ggml.model": Required[str],
+        "tokenizer.ggml.pre": str,
+        "tokenizer.ggml.tokens": list[_Token],
+        "tokenizer.ggml.token_type": list[int],
+        "tokenizer.ggml.scores": list[Finite],
+        "tokenizer.ggml.merges": list[str],
+        "tokenizer.ggml.bos_token_id": Index,
+        "tokenizer.ggml.eos_token_id": Index,
+        "tokenizer.ggml.unknown_token_id": Index,
+        "tokenizer.ggml.padding_token_id": Index,
+        "tokenizer.ggml.add_bos_token": bool,
+        "tokenizer.ggml.add_eos_token": bool,
+        "tokenizer.ggml.add_space_prefix": bool,
+        "tokenizer.chat_template": str,
+    },
+    total=False,
+)
+
+
 def tokenizer_from_folder(folder: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a Hugging Face folder, None where it has no tokenizer's file at all.
 
@@ -75,18 +106,30 @@ def tokenizer_from_folder(folder: Path) -> PreTrainedTokenizerBase | None:
         raise InputError(
             f"{folder} holds {', '.join(there)} but not the tokenizer's vocabulary; copy tokenizer.json beside it"
         )
+    check_tokenizer_files(folder)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it warns of model types that only the exported modelling file knows
+    problem = f"{folder}: the tokenizer ({', '.join(there)}) cannot be read"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises plain Exception for a malformed file
-        raise InputError(
-            f"{folder}: the tokenizer ({', '.join(there)}) cannot be read ({_first_line(error)}); "
-            "copy all of the model's tokenizer files again"
-        ) from error
+        with refused(problem, "copy all of the model's tokenizer files again"), panics_unprinted():
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False, **_without_config(folder)
+            )
+            tokenizer.decode(tokenizer(_PROBE)["input_ids"])
     finally:
         logging.set_verbosity(verbosity)
+    if there == ["tokenizer.model"]:
+        tokenizer.add_bos_token = True  # as sentencepiece's Llama models were trained; nothing else says so
     return tokenizer
+
+
+def _without_config(folder: Path) -> dict[str, Any]:
+    """For this program's exports: transformers cannot check their `config.json` without their modelling file."""
+    try:
+        pruned = json.loads((folder / "config.json").read_text("utf-8"))["model_type"] == "intraslice"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pruned = False
+    return {"config": PreTrainedConfig()} if pruned else {}
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any], context_length: int) -> PreTrainedTokenizerBase | None:
@@ -99,14 +142,15 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], context_length: int) -> Pre
     Raises:
         InputError: the kind of tokenizer is not supported, or its parts do not fit together.
     """
-    kind = metadata.get("tokenizer.ggml.model")
-    if kind is None:
+    if "tokenizer.ggml.model" not in metadata:
         return None
+    found = {key: metadata[key] for key in _Vocabulary.__annotations__ if key in metadata}
+    metadata = check(found, _Vocabulary, "the vocabulary")
+    kind, tokens = metadata["tokenizer.ggml.model"], metadata.get("tokenizer.ggml.tokens")
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     if kind not in builders:
-        raise InputError(f"tokenizer.ggml.model {kind!r} is not supported; supported: {', '.join(builders)}")
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list) or not tokens:
+        raise InputError(f"tokenizer.ggml.model {kind[:40]!r} is not supported; supported: {', '.join(builders)}")
+    if not tokens:
         raise InputError("tokenizer.ggml.tokens is missing or empty")
     if len(set(tokens)) != len(tokens):
         raise InputError("tokenizer.ggml.tokens names a token twice")
@@ -138,8 +182,8 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], context_length: int) -> Pre
     add_bos = metadata.get("tokenizer.ggml.add_bos_token", add_bos) and special["bos"] is not None
     add_eos = metadata.get("tokenizer.ggml.add_eos_token", False) and special["eos"] is not None
     if add_bos or add_eos:
-        front = [special["bos"]] if add_bos else []
-        back = [special["eos"]] if add_eos else []
+        front = [str(special["bos"])] if add_bos else []
+        back = [str(special["eos"])] if add_eos else []
         tokenizer.post_processor = processors.TemplateProcessing(
             single=[*front, "$A", *back],
             pair=[*front, "$A", *back, *front, "$B", *back],
@@ -164,7 +208,7 @@ def _byte_level(
     pre = PRE_TOKENIZERS.get(name)
     if pre is None:
         raise InputError(
-            f"tokenizer.ggml.pre {name!r} is not supported; supported: {', '.join(sorted(PRE_TOKENIZERS))}"
+            f"tokenizer.ggml.pre {name!r:.40} is not supported; supported: {', '.join(sorted(PRE_TOKENIZERS))}"
         )
     model = BPE(vocab=_vocabulary(tokens), merges=_merges(metadata), ignore_merges=pre.whole_words)
     tokenizer = Tokenizer(model)
@@ -190,8 +234,8 @@ def _sentencepiece(
     if "tokenizer.ggml.merges" in metadata:
         merges = _merges(metadata)
     else:
-        scores = metadata.get("tokenizer.ggml.scores")
-        if not isinstance(scores, list) or len(scores) != len(tokens):
+        scores = metadata.get("tokenizer.ggml.scores", [])
+        if len(scores) != len(tokens):
             raise InputError(f"tokenizer.ggml.scores must hold {len(tokens)} numbers, one per token")
         merges = merges_from_scores(tokens, scores, types)
     model = BPE(
@@ -224,13 +268,13 @@ def merges_from_scores(tokens: Sequence[str], scores: Sequence[float], types: Se
 
 
 def _merges(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
-    lines = metadata.get("tokenizer.ggml.merges")
-    if not isinstance(lines, list):
+    if "tokenizer.ggml.merges" not in metadata:
         raise InputError("tokenizer.ggml.merges is missing")
+    lines = metadata["tokenizer.ggml.merges"]
     merges = [tuple(line.split(" ")) for line in lines]
     bad = next((line for line, merge in zip(lines, merges, strict=True) if len(merge) != 2), None)
     if bad is not None:
-        raise InputError(f"tokenizer.ggml.merges holds {bad!r}, expected two tokens with a space between")
+        raise InputError(f"tokenizer.ggml.merges holds {bad[:40]!r}, expected two tokens with a space between")
     return [(a, b) for a, b in merges]
 
 
@@ -242,7 +286,7 @@ def _special(metadata: Mapping[str, Any], tokens: list[str], key: str) -> str | 
     index = metadata.get(f"tokenizer.ggml.{key}_token_id")
     if index is None:
         return None
-    if not 0 <= index < len(tokens):
+    if index >= len(tokens):
         raise InputError(f"tokenizer.ggml.{key}_token_id {index} is outside the vocabulary of {len(tokens)}")
     return tokens[index]
 

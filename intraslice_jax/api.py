@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,19 @@ from jax.sharding import Mesh
 
 from intraslice_jax import convert
 from intraslice_jax.calibrate import data
-from intraslice_jax.config import CalibrationConfig, PruneConfig, default_preset
+from intraslice_jax.calibrate.documents import read_files
+from intraslice_jax.calibrate.sources import TEXT_SUFFIXES
+from intraslice_jax.config import (
+    CalibrationConfig,
+    PruneConfig,
+    PruneSettings,
+    default_preset,
+    window_length,
+    with_layout,
+)
 from intraslice_jax.config import preset as named_preset
 from intraslice_jax.convert.assemble import DTYPES
+from intraslice_jax.convert.formats import Format, format_of
 from intraslice_jax.errors import InputError
 from intraslice_jax.evaluate.perplexity import perplexity as measure_perplexity
 from intraslice_jax.identity import run_identity
@@ -25,10 +36,13 @@ from intraslice_jax.io.checkpoint import is_checkpoint, open_checkpoint, restore
 from intraslice_jax.io.journal import Journal
 from intraslice_jax.model import LanguageModel, StoredModel, as_stored
 from intraslice_jax.models.generate import generate as continue_prompts
-from intraslice_jax.prune.pipeline import LayerRecord, prune_model
+from intraslice_jax.prune.pipeline import LayerRecord, OnStage, prune_model
 from intraslice_jax.settings import closest
 
 __all__ = ["export", "generate", "load", "perplexity", "prune", "restore", "save"]
+
+Text = str | Path | Sequence[Path]
+"""A text itself, or the files that hold it."""
 
 
 def load(
@@ -99,57 +113,65 @@ def _check_dtype(dtype: str | None) -> None:
 
 def prune(
     model: LanguageModel,
-    text: str,
+    text: Text,
     sparsity: float | None = None,
     *,
     preset: Literal["fast", "paper", "quality"] | None = None,
     samples: int = 128,
-    sequence_length: int = 2048,
+    sequence_length: int | None = None,
     seed: int = 0,
     on_layer: Callable[[LayerRecord], None] | None = None,
     on_batch: Callable[[int, int], None] | None = None,
     journal: str | Path | None = None,
-    **settings: Any,
+    **settings: Unpack[PruneSettings],
 ) -> LanguageModel:
     """A smaller model, calibrated on a text.
 
     Args:
         model: what to prune; it stays as it is.
-        text: calibration text, of the kind that the model will see.
+        text: calibration text, of the kind that the model will see: the text itself, or a `pathlib.Path` or several
+            that hold it.
         sparsity: fraction of the attention and MLP parameters of the decoder layers to remove, in [0, 1); 0.3 if not
             given, or what a file of `ratios` removes.
         preset: settings to begin with, which `**settings` change: `fast` does the least, `paper` is the paper's
             method, `quality` the best that is known. None is `quality`, or `fast` for the `method` of a baseline.
         samples: number of calibration windows, drawn at random positions of the text.
-        sequence_length: tokens per window.
+        sequence_length: tokens per window, None for 2,048 or the model's context if that is shorter.
         seed: seed of the windows' positions.
         on_layer: called after each layer with its record.
         on_batch: called while the ratios are estimated (`ratios` other than `uniform`), and while the pruned model is
             refined, with the sequences or measurements done and their number.
         journal: a folder in which to keep every finished layer. An interrupted run is continued by the same call, to
             the same bits. The folder stays: remove it once the model is saved.
-        **settings: further fields of `intraslice_jax.config.PruneConfig`.
+        **settings: further fields of `intraslice_jax.config.PruneConfig`, which says what they mean. `layout="uniform"`
+            brings `ratios="uniform"` with it.
 
     Returns:
         The pruned model. Its `report` says what was kept in each layer, with which error, and which fractions
         of the parameters went.
 
     Raises:
-        InputError: a setting is out of range, the text has fewer tokens than one window, or the journal is of
-            another run.
+        InputError: a setting is out of range, the text is the name of a file or has fewer tokens than one window, or
+            the journal is of another run.
         RunError: an activation is not finite, or the journal cannot be written.
     """
     known = [field.name for field in dataclasses.fields(PruneConfig) if field.name != "sparsity"]
     for name in settings:
         if name not in known:
             raise InputError(f"prune has no setting {name!r}; {closest(name, known)}")
+    words = as_text(model, text)
     name = preset or default_preset(settings.get("method", PruneConfig.method))
-    config = dataclasses.replace(named_preset(name), sparsity=sparsity, **settings)
+    config = dataclasses.replace(with_layout(named_preset(name), settings.get("layout")), sparsity=sparsity, **settings)
     calibrate = CalibrationConfig(samples=samples, sequence_length=sequence_length, seed=seed)
+
+    def on_stage(stage: str, done: int, total: int) -> None:
+        if on_batch is not None and stage != "layers" and done:
+            on_batch(done, total)
+
     if journal is None:
-        return prune_calibrated(model, text, config, calibrate, on_layer, on_batch)
+        return prune_calibrated(model, words, config, calibrate, on_layer, on_stage)
     with closing(Journal(journal)) as kept:
-        return prune_calibrated(model, text, config, calibrate, on_layer, on_batch, kept)
+        return prune_calibrated(model, words, config, calibrate, on_layer, on_stage, kept)
 
 
 def prune_calibrated(
@@ -158,21 +180,22 @@ def prune_calibrated(
     config: PruneConfig,
     calibrate: CalibrationConfig,
     on_layer: Callable[[LayerRecord], None] | None = None,
-    on_batch: Callable[[int, int], None] | None = None,
+    on_stage: OnStage | None = None,
     journal: Journal | None = None,
 ) -> LanguageModel:
     """`prune` with its settings as dataclasses, as the command line has them."""
-    check_length(model, calibrate.sequence_length)
+    length = window_length(calibrate.sequence_length, model.config.max_position_embeddings)
+    calibrate = dataclasses.replace(calibrate, sequence_length=length)
     stream = data.encode(model.require_tokenizer(), text)
-    windows = data.sample_windows(stream, calibrate.samples, calibrate.sequence_length, calibrate.seed)
+    windows = data.sample_windows(stream, calibrate.samples, length, calibrate.seed)
     if journal is not None:
         journal.begin(run_identity(model, windows, data.text_hash(text), config, calibrate))
-    pruned = prune_model(model, windows, config, on_layer, on_batch, run_log=journal)
+    pruned = prune_model(model, windows, config, on_layer, on_stage, run_log=journal)
     calibration = {
         "text_sha256": data.text_hash(text),
         "text_tokens": len(stream),
         "samples": calibrate.samples,
-        "sequence_length": calibrate.sequence_length,
+        "sequence_length": length,
         "seed": calibrate.seed,
     }
     report = {"model": model.name, "calibration": calibration, **pruned.report, "versions": versions()}
@@ -181,7 +204,7 @@ def prune_calibrated(
 
 def perplexity(
     model: LanguageModel,
-    text: str,
+    text: Text,
     sequence_length: int | None = None,
     *,
     windows: int | None = None,
@@ -192,7 +215,7 @@ def perplexity(
 
     Args:
         model: dense or pruned.
-        text: what to predict.
+        text: what to predict: the text itself, or a `pathlib.Path` or several that hold it.
         sequence_length: tokens per window, None for 2,048 or the model's context if that is shorter; compare only
             perplexities of the same length.
         windows: how many windows from the start of the text, None for all.
@@ -200,38 +223,46 @@ def perplexity(
         on_batch: called with the windows done and their number.
 
     Raises:
-        InputError: the text has fewer tokens than one window.
+        InputError: the text is the name of a file, or has fewer tokens than one window.
     """
-    length = sequence_length or min(2048, model.config.max_position_embeddings)
-    found = text_windows(model, text, length, windows)
+    found = text_windows(model, as_text(model, text), sequence_length, windows)
     return measure_perplexity(model, found, batch_size, on_batch).perplexity
 
 
-def text_windows(model: LanguageModel, text: str, sequence_length: int, limit: int | None = None) -> np.ndarray:
-    """Consecutive windows of a text, int32 [windows, sequence_length].
+def text_windows(model: LanguageModel, text: str, sequence_length: int | None, limit: int | None = None) -> np.ndarray:
+    """Consecutive windows of a text, int32 [windows, sequence_length]; None as for `perplexity`.
 
     Raises:
         InputError: the text has fewer tokens than one window, or the window exceeds the model's context.
     """
-    check_length(model, sequence_length)
-    return data.consecutive_windows(data.encode(model.require_tokenizer(), text), sequence_length, limit)
+    length = window_length(sequence_length, model.config.max_position_embeddings)
+    return data.consecutive_windows(data.encode(model.require_tokenizer(), text), length, limit)
 
 
-def check_length(model: LanguageModel, sequence_length: int) -> None:
-    """Raises InputError when a window is longer than the model's context."""
-    context = model.config.max_position_embeddings
-    if sequence_length > context:
+def as_text(model: LanguageModel, given: Any) -> str:
+    """A `Text` as text: as it is, or that of the files that paths name.
+
+    Raises:
+        InputError: a file cannot be read, or what was given as a text is the name of a file.
+    """
+    if isinstance(given, str):
+        short = len(given) < 256 and "\n" not in given
+        if short and (Path(given).suffix.lower() in TEXT_SUFFIXES or os.path.isfile(given)):
+            raise InputError(f"the text is {given!r}, the name of a file; give pathlib.Path({given!r}) to have it read")
+        return given
+    files = [given] if isinstance(given, Path) else given
+    if not isinstance(files, Sequence) or not files or not all(isinstance(file, Path) for file in files):
         raise InputError(
-            f"sequence_length {sequence_length} is longer than the context of {model.name}, {context} tokens; "
-            f"the sequence length (--sequence-length) must be {context} or less"
+            f"the text must be a str, or a pathlib.Path or a list of them whose files hold it; found {given!r:.80}"
         )
+    return read_files(files).rendered(model.require_tokenizer())
 
 
 def export(
     model: LanguageModel | StoredModel,
     path: str | Path,
     *,
-    format: Literal["hf", "padded", "gguf"] = "hf",
+    format: Format | None = None,
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
@@ -244,7 +275,8 @@ def export(
         format: `hf`, a Hugging Face folder: for the stock class where that can hold the model (unpruned, or pruned
             with `layout="uniform"`), else with a modelling file, for
             `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)`. `padded`, such a folder for the
-            stock class, with zeros where something was pruned. `gguf`, a file for llama.cpp.
+            stock class, with zeros where something was pruned. `gguf`, a file for llama.cpp. None is `gguf` for a
+            path that ends in .gguf, else `hf`.
         dtype: of the weights in the files, None for the model's own: `float32`, `bfloat16`, `float16`, and `q8_0`
             for `gguf`.
         max_shard_size: above it the weights of a folder are split over several files: bytes, or text such as `5GB`.
@@ -254,18 +286,19 @@ def export(
         `path`.
 
     Raises:
-        InputError: `path` exists and `overwrite` is False, the format cannot express the model, or a weight is too
-            large for the dtype.
+        InputError: `path` exists and `overwrite` is False, its ending is not that of the format, the format cannot
+            express the model, or a weight is too large for the dtype.
     """
+    form = format_of(path, format)
     return convert.export(
-        as_stored(model), path, format=format, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite
+        as_stored(model), path, format=form, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite
     )
 
 
 def generate(
     model: LanguageModel,
     prompt: str,
-    max_new_tokens: int = 64,
+    max_new_tokens: int | None = None,
     *,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -278,7 +311,8 @@ def generate(
     Args:
         model: dense or pruned.
         prompt: text; the tokenizer's special tokens are added.
-        max_new_tokens: the most tokens to add; a stop token of the model ends it earlier.
+        max_new_tokens: the most tokens to add, None for 64 or what the context leaves if that is less; a stop token of
+            the model ends it earlier.
         temperature: 0 takes the likeliest token at every step, higher values sample.
         top_k: sample from so many of the likeliest tokens, 0 for all.
         top_p: sample from the fewest likeliest tokens whose probabilities reach this sum.

@@ -6,7 +6,8 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from itertools import pairwise
+from typing import Annotated, Any, ClassVar, Literal, TypedDict
 
 from pydantic import ConfigDict, Field
 
@@ -42,7 +43,7 @@ class LayerShape:
 
     def __post_init__(self) -> None:
         heads = self.query_to_kv
-        if not heads or list(heads) != sorted(heads) or set(heads) != set(range(heads[-1] + 1)):
+        if not heads or heads[0] != 0 or any(after - head not in (0, 1) for head, after in pairwise(heads)):
             raise InputError(f"query_to_kv must count up from 0 without gaps, found {heads!s:.100}")
         if self.rotary_dim % 2 or not 0 <= self.rotary_dim <= self.qk_head_dim:
             raise InputError(f"rotary_dim {self.rotary_dim} is not an even number up to {self.qk_head_dim}")
@@ -50,11 +51,6 @@ class LayerShape:
             raise InputError(f"a layer cannot have a width below 1: {self}")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise InputError(f"sliding_window must be at least 1, found {self.sliding_window}")
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> LayerShape:
-        """Reads what `dataclasses.asdict` made, through JSON or not."""
-        return check(data, LayerShape, "not a layer of this program")
 
     @property
     def num_attention_heads(self) -> int:
@@ -201,6 +197,30 @@ class ModelConfig:
         return check(data, ModelConfig, "not a model configuration of this program")
 
 
+USUAL_LENGTH = 2048
+"""Tokens per window where neither the user nor a shorter context says otherwise."""
+
+
+def window_length(given: int | None, context: int) -> int:
+    """Tokens per window.
+
+    Args:
+        given: what the user asked for, None for the usual length.
+        context: the most that the model takes.
+
+    Raises:
+        InputError: the user asked for more than the context.
+    """
+    if given is None:
+        return min(USUAL_LENGTH, context)
+    if given > context:
+        raise InputError(
+            f"sequence_length {given} is longer than the context of the model, {context} tokens; leave "
+            f"`sequence_length` out, or give {context} or less"
+        )
+    return given
+
+
 @dataclass(frozen=True)
 class CalibrationConfig:
     """Which text the statistics are taken on.
@@ -208,9 +228,9 @@ class CalibrationConfig:
     Attributes:
         calibration: text files, or one `datasets` name (`NAME`, `NAME:CONFIG`, `NAME@FOLDER`), read as one stream.
         split: which split of the data set.
-        column: which column of the data set holds the text.
+        column: which column of the data set, or field of a file, holds the text.
         samples: number of windows.
-        sequence_length: tokens per window.
+        sequence_length: tokens per window; 2,048, or the model's context where that is shorter, if not given.
         seed: seed of the windows' positions.
     """
 
@@ -218,7 +238,7 @@ class CalibrationConfig:
     split: str = "train"
     column: str = "text"
     samples: int = 128
-    sequence_length: int = 2048
+    sequence_length: int | None = None
     seed: int = 0
 
 
@@ -353,6 +373,34 @@ class PruneConfig:
         return USUAL_SPARSITY if self.sparsity is None else self.sparsity
 
 
+class PruneSettings(TypedDict, total=False):
+    """The fields of `PruneConfig` besides the sparsity: what `intraslice_jax.prune` takes by name."""
+
+    method: str
+    ratios: str
+    max_ratio: float
+    kind_bias: float
+    gradient_group: int
+    grouping: Literal["ragged", "uniform"]
+    layout: Literal["ragged", "uniform"]
+    align: int
+    head_align: int
+    damping: float
+    iterative: Literal["never", "auto", "always"]
+    selection: Literal["energy", "obs"]
+    selection_noise: float
+    value_basis: Literal["activations", "outputs"]
+    pair_selection: Literal["products", "logits"]
+    search_rounds: int
+    search_seconds: float
+    loss_weight: float
+    dense_targets: float
+    refine: int
+    output_biases: bool
+    batch_size: int
+    memory_budget: int
+
+
 PRESETS = {
     "fast": PruneConfig(),
     "paper": PruneConfig(ratios="fisher_pca"),
@@ -388,6 +436,11 @@ def preset(name: str) -> PruneConfig:
     return PRESETS[name]
 
 
+def with_layout(named: PruneConfig, layout: str | None) -> PruneConfig:
+    """The settings of a preset for a layout: `uniform` needs ratios that are uniform, unless others are asked for."""
+    return dataclasses.replace(named, ratios="uniform") if layout == "uniform" else named
+
+
 def check_refine(refine: int, residency: str) -> None:
     """Raises InputError where the layers that a refinement learns all at once would not be on the devices.
 
@@ -397,8 +450,8 @@ def check_refine(refine: int, residency: str) -> None:
     """
     if refine and residency != "device":
         raise InputError(
-            f"refine learns all layers at once, which must be on the devices; give --refine 0 with --residency "
-            f"{residency}"
+            f"refine learns all layers at once, which must be on the devices; give `refine=0` with "
+            f"`residency={residency}`"
         )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from intraslice_jax import api
-from intraslice_jax.calibrate.data import read_text, text_hash
+from intraslice_jax.calibrate.data import text_hash
 from intraslice_jax.commands._command_line import command_line
 from intraslice_jax.commands._output import say, write_json
 from intraslice_jax.commands.demo import Options
@@ -19,7 +19,9 @@ from intraslice_jax.evaluate.perplexity import perplexity
 from intraslice_jax.io.atomic import atomic_folder
 from intraslice_jax.io.checkpoint import versions
 from intraslice_jax.model import LanguageModel
-from intraslice_jax.progress import prune_progress, window_progress
+from intraslice_jax.planning.estimate import expected_seconds
+from intraslice_jax.progress import run_progress, window_progress
+from intraslice_jax.report.schema import VERSION as REPORT_VERSION
 from intraslice_jax.report.single import write_report
 from intraslice_jax.settings import as_settings
 
@@ -40,8 +42,8 @@ def run_demo(options: Options) -> dict[str, Any]:
     """
     started = time.monotonic()
     data = find_data()
-    calibration, held_out = split_wiki(read_text([data.wiki]))
-    texts = {"wiki": held_out, "web": read_text([data.web])}
+    calibration, held_out = split_wiki(data.wiki.read_text(encoding="utf-8"))
+    texts = {"wiki": held_out, "web": data.web.read_text(encoding="utf-8")}
     length = options.calibrate.sequence_length
     with atomic_folder(options.output, options.overwrite) as folder:
         say(f"loading {data.model.name}")
@@ -58,8 +60,11 @@ def run_demo(options: Options) -> dict[str, Any]:
         say("measuring the dense model")
         before, sample = measure(dense), _continuation(dense, options)
         say(f"removing {options.prune.target_sparsity:.0%} of the decoder blocks")
-        with prune_progress(dense.config.num_layers) as told:
-            pruned = api.prune_calibrated(dense, calibration, options.prune, options.calibrate, *told)
+        with run_progress() as progress:
+            progress.expect(expected_seconds(dense, options.prune, options.calibrate, None))
+            pruned = api.prune_calibrated(
+                dense, calibration, options.prune, options.calibrate, progress.on_layer, progress.tell
+            )
         say("measuring the pruned model")
         after, pruned_sample = measure(pruned), _continuation(pruned, options)
         say("saving and exporting")
@@ -76,10 +81,11 @@ def run_demo(options: Options) -> dict[str, Any]:
             for name in texts
         }
         report = {
+            "format_version": REPORT_VERSION,
             **measured["wiki"],
             **pruned.report,
             "texts": measured,
-            "continuations": {"dense": sample, "pruned": pruned_sample},
+            "samples": [{"prompt": options.prompt, "dense": sample, "pruned": pruned_sample}],
             "command": command_line("demo", options),
             "settings": as_settings(options),
             "versions": versions(),

@@ -38,6 +38,9 @@ class LanguageModel:
     generation_config: dict[str, Any] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return _described(self, str(self.decoder.embed_tokens[...].dtype))
+
     def require_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, or an InputError that says how to add one."""
         if self.tokenizer is None:
@@ -66,6 +69,9 @@ class StoredModel:
     generation_config: dict[str, Any] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
     mesh: Mesh | None = None
+
+    def __repr__(self) -> str:
+        return _described(self, self.dtype)
 
     def in_memory(self, mesh: Mesh | None = None) -> LanguageModel:
         """Reads all arrays onto the default device, or onto a mesh."""
@@ -109,6 +115,18 @@ class StoredModel:
 
     def _with(self, decoder: Decoder) -> LanguageModel:
         return LanguageModel(self.config, decoder, self.tokenizer, self.name, self.generation_config, self.report)
+
+
+def _described(model: LanguageModel | StoredModel, dtype: str) -> str:
+    """A model in two lines, three if it was pruned."""
+    config, removed = model.config, model.report.get("removed_block_fraction")
+    lines = [
+        f"{type(model).__name__} {model.name!r}",
+        f"{config.model_type}: {config.total_parameters():,} parameters, {config.num_layers} layers, {dtype}",
+    ]
+    if removed is not None:
+        lines.append(f"pruned: {removed:.1%} of the attention and MLP parameters are gone")
+    return "\n  ".join(lines)
 
 
 def as_stored(model: LanguageModel | StoredModel) -> LanguageModel | StoredModel:

@@ -75,3 +75,11 @@ def _bounded_memory() -> Iterator[None]:
     """Compiled programs of a finished file are let go; the suite would hold gigabytes of them."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_sample_texts() -> Iterator[None]:
+    """They compile programs for every distinct layer, a second per run; tests of reports alone ask for them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("intraslice_jax.evaluate.samples.sample_texts", lambda *_: [])
+        yield

@@ -1,12 +1,19 @@
 """The ten lines of Python that the README shows."""
 
+import ast
+import re
 import subprocess
 import sys
+from pathlib import Path
+from typing import Unpack, get_type_hints
 
 import numpy as np
 import pytest
 
 import intraslice_jax as isl
+from intraslice_jax import convert
+from intraslice_jax.api import as_text, open_stored
+from intraslice_jax.config import PruneConfig, PruneSettings
 from intraslice_jax.errors import InputError
 from tests.conftest import ROOT
 from tests.tiny import tiny_text, write_tiny_llama
@@ -33,7 +40,7 @@ def pruned(model, layers):
 
 
 def test_importing_the_package_is_cheap():
-    code = "import sys, intraslice_jax as isl; assert 'prune' in dir(isl); print(*sys.modules)"
+    code = "import sys, intraslice_jax as isl; assert 'prune' in dir(isl); isl.__version__; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not set(loaded.stdout.split()) & {"jax", "flax", "numpy", "transformers", "yaml"}
 
@@ -127,5 +134,81 @@ def test_baselines_are_measured_without_what_goes_beyond_the_paper(model):
 def test_a_window_longer_than_the_context_is_refused(model):
     with pytest.raises(InputError, match="context"):
         isl.perplexity(model, TEXT, 2048)
-    with pytest.raises(InputError, match="context"):
-        isl.prune(model, TEXT)
+    with pytest.raises(InputError, match="leave `sequence_length` out"):
+        isl.prune(model, TEXT, sequence_length=257)
+
+
+def test_the_names_of_files_are_not_calibrated_on(model, pruned, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one, two = Path("one.txt"), Path("two")
+    one.write_text(TEXT[:700])
+    two.write_text(TEXT[700:])
+    for name in ("one.txt", "two", "none.txt", "/none/deep/x.jsonl"):
+        for function in (isl.prune, isl.perplexity):
+            with pytest.raises(InputError, match=r"the name of a file; give pathlib\.Path"):
+                function(model, name)
+    for wrong in (None, b"text", [], ["one.txt"], 3):
+        with pytest.raises(InputError, match=r"must be a str, or a pathlib\.Path or a list of them"):
+            as_text(model, wrong)
+    assert as_text(model, one) == TEXT[:700]
+    assert isl.perplexity(model, one, 64) == isl.perplexity(model, TEXT[:700], 64)
+    both = isl.prune(model, [one, two], 0.25, samples=4, sequence_length=64, preset="fast")
+    assert both.report["calibration"]["text_tokens"] == pytest.approx(len(TEXT), abs=2)
+
+
+def test_the_ending_of_an_export_says_its_format(model, tmp_path, monkeypatch):
+    for path, form in (("y.gguf", "hf"), ("y.gguf", "padded"), ("y", "gguf")):
+        with pytest.raises(InputError, match=f"`format={form}` writes a f"):
+            isl.export(model, tmp_path / path, format=form)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(convert, "export", lambda _, path, format, **others: Path(format))
+    assert [str(isl.export(model, name)) for name in ("z.gguf", "z.GGUF", "z")] == ["gguf", "gguf", "hf"]
+
+
+def test_a_uniform_layout_brings_uniform_ratios(model):
+    settings = {"samples": 4, "sequence_length": 64, "refine": 0, "layout": "uniform"}
+    assert isl.prune(model, TEXT, 0.25, **settings).config.distinct_shapes() == 1
+    with pytest.raises(InputError, match="use ratios uniform"):
+        isl.prune(model, TEXT, 0.25, **settings, ratios="kl")
+
+
+def test_editors_know_the_settings():
+    """`PruneSettings` says by hand what `PruneConfig` has, for type checkers see no generated one."""
+    fields = get_type_hints(PruneConfig)
+    del fields["sparsity"]
+    assert get_type_hints(PruneSettings) == fields
+    assert get_type_hints(isl.prune)["settings"] == Unpack[PruneSettings]
+
+
+def test_what_a_model_shows_of_itself(model, pruned, tmp_path):
+    dense = repr(model).splitlines()
+    assert dense == [
+        f"LanguageModel {model.name!r}",
+        f"  llama: {model.config.total_parameters():,} parameters, 2 layers, float32",
+    ]
+    removed = pruned.report["removed_block_fraction"]
+    assert repr(pruned).splitlines()[2] == f"  pruned: {removed:.1%} of the attention and MLP parameters are gone"
+    stored = repr(open_stored(model.name)).splitlines()
+    assert stored == [f"StoredModel {model.name!r}", dense[1]]
+
+
+def test_only_public_names_are_shown():
+    assert dir(isl) == sorted(isl.__all__)
+    assert isl.__version__.startswith("0.")
+
+
+def test_the_library_names_settings_as_python_has_them():
+    """Options of the command line are spelt only by the command line (`cli`, `commands`), which translates."""
+    # What is told to a shell, or of a journal that the command line alone replaces.
+    spelt = {"io/journal.py", "report/comparison.py", "parallel/distributed.py", "settings.py"}
+    found = []
+    for path in sorted((ROOT / "intraslice_jax").rglob("*.py")):
+        name = path.relative_to(ROOT / "intraslice_jax").as_posix()
+        if name.startswith(("commands/", "cli.py")) or name in spelt:
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        documented = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documented:
+                found += [f"{name}: {node.value}"] if re.search(r"(?<![\w-])--[a-z]{3}(?!.*xla_)", node.value) else []
+    assert found == []

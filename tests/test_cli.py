@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -82,7 +83,9 @@ def test_prune_writes_a_smaller_model_that_is_read_back(checkpoint, source):
 def test_progress_is_one_line_per_layer_where_there_is_no_terminal(source, tmp_path, capsys):
     assert main(["prune", str(source / "model"), "-o", str(tmp_path / "out"), *calibrated(source)]) == 0
     said = capsys.readouterr()
-    lines = said.err.splitlines()
+    estimate, *lines = said.err.splitlines()
+    assert estimate.startswith("[about ")
+    assert "layers" in estimate
     assert [line.split("]")[0] for line in lines] == ["[1/2", "[2/2"]
     assert "heads" in lines[0]
     assert "left" in lines[0]
@@ -120,10 +123,14 @@ def test_the_best_settings_are_the_usual_ones(source, tmp_path, capsys):
     assert ("learned further" in page, "Nothing was retrained" in page) == (True, False)
     assert report["refinement"]["accepted"]
     lines = capsys.readouterr().err.splitlines()
-    assert [line for line in lines if line[0] != "["] == [
-        *(f"measuring sensitivity: {done} of 4" for done in (1, 2, 3, 4)),
-        *(f"refining: {done} of 6" for done in (2, 3, 5, 6)),
+    assert [line.partition("]")[0] for line in lines] == [
+        lines[0].partition("]")[0],
+        *(f"[ratios {done}/4" for done in (1, 2, 3, 4)),
+        *("[1/2", "[2/2"),
+        *(f"[refinement {done}/6" for done in (2, 3, 5, 6)),
     ]
+    assert all(stage in lines[0] for stage in ("ratios", "layers", "refinement"))
+    assert max(map(len, lines)) <= 80
 
 
 def test_calibration_files_may_be_listed_or_repeated(source, tmp_path):
@@ -189,6 +196,27 @@ def test_every_command_has_help(capsys):
         assert "--overwrite" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [([], "{bench,bench prune,"), (["help"], "{bench,bench prune,"), (["help", "prune"], "--sparsity")],
+)
+def test_help_without_asking_for_it_the_usual_way(capsys, args, says):
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert stop.value.code == 0
+    assert says in capsys.readouterr().out
+
+
+def test_what_a_flag_turns_off_is_what_its_help_says():
+    """`--no-NAME` stands beside the help of NAME, which must not promise the opposite."""
+    for name, module in find_commands().items():
+        for field in dataclasses.fields(module.Options):
+            if field.default is True:
+                told = re.search(rf"\b{field.name}: (.*)", module.Options.__doc__)
+                assert told, (name, field.name)
+                assert told[1].startswith("do without "), (name, field.name)
+
+
 def test_help_is_instant():
     """No heavy import: jax, flax and transformers each take longer than the whole command may."""
     code = "import sys; from intraslice_jax.cli import main; main(['prune', '--help'])"
@@ -205,9 +233,10 @@ def test_help_is_instant():
     [
         (["prune"], "MODEL"),
         (["prune", "m"], "--output"),
-        (["prnue", "m"], "prune"),
-        ([], "prune"),
-        (["prune", "m", "-o", "x", "--sparsty", "0.3"], "--sparsity"),
+        (["prnue", "m"], "no command 'prnue'; did you mean 'prune'?"),
+        (["prune", "m", "-o", "x", "--sparsty", "0.3"], "no option --sparsty; did you mean --sparsity?"),
+        (["prune", "--sparsty=0.3"], "did you mean --sparsity?"),
+        (["bench", "prune", "m", "--jornal"], "no option --jornal"),
         (["prune", "m", "-o", "x", "--samples", "many"], "--samples"),
         (["prune", "m", "-o", "x", "--dtype", "float8"], "bfloat16"),
         (["prune", "m", "-o", "x", "--sparsity", "1"], "sparsity must be in [0, 1), found 1.0"),
@@ -231,11 +260,15 @@ def test_unknown_yaml_key(refuse, source, tmp_path):
     refuse("prune", source / "model", "-o", tmp_path / "out", "--config", tmp_path / "c.yaml", says=says)
 
 
-def test_a_layout_without_ratios_of_its_own_is_refused_at_once(refuse, source, tmp_path):
+def test_a_uniform_layout_refuses_other_ratios_at_once_and_has_uniform_ones(refuse, source, tmp_path):
     says = ("found ratios 'kl'", "use ratios uniform")
-    text = ["--calibration", source / "text.txt", *SMALL[2:]]
-    refuse("prune", source / "model", "-o", tmp_path / "out", "--layout", "uniform", *text, says=says)
+    layout = ["--calibration", source / "text.txt", *SMALL[2:], "--layout", "uniform", "--refine", "0"]
+    refuse("prune", source / "model", "-o", tmp_path / "out", *layout, "--ratios", "kl", says=says)
+    (tmp_path / "c.yaml").write_text("ratios: kl\n")
+    refuse("prune", source / "model", "-o", tmp_path / "out", *layout, "--config", tmp_path / "c.yaml", says=says)
     assert not (tmp_path / "out.journal").exists()
+    assert main([str(arg) for arg in ("prune", source / "model", "-o", tmp_path / "out", *layout)]) == 0
+    assert isl.load(tmp_path / "out").config.distinct_shapes() == 1
 
 
 def test_nothing_to_remove_is_nothing_to_measure_or_learn(source, tmp_path, capsys):
@@ -244,12 +277,25 @@ def test_nothing_to_remove_is_nothing_to_measure_or_learn(source, tmp_path, caps
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["removed_block_fraction"] == 0
     assert "refinement" not in report
-    assert "measuring" not in capsys.readouterr().err
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition("]")[0] for line in lines[1:]] == ["[1/2", "[2/2"]
+    assert "refinement" not in lines[0]
 
 
 def test_the_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("intraslice 0.")
+
+
+@pytest.mark.parametrize(("verbosity", "times"), [({}, 0), ({"HF_HUB_VERBOSITY": "warning"}, 1)])
+def test_the_hub_says_nothing_twice(verbosity, times):
+    code = (
+        "from intraslice_jax import cli; cli._prepare_process(); "
+        "from huggingface_hub.utils import logging; logging.get_logger('huggingface_hub.x').warning('Retrying')"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_VERBOSITY"} | verbosity
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stderr.count("Retrying") == times, done.stderr
 
 
 def test_existing_output(refuse, source, tmp_path):
@@ -320,8 +366,33 @@ def test_text_shorter_than_a_window(refuse, source, tmp_path):
 
 
 def test_window_longer_than_the_context(refuse, source, tmp_path):
-    says = ("sequence_length 2048", "256")
-    refuse("eval", source / "model", "--text", source / "text.txt", says=says)
+    says = ("sequence_length 2048", "256", "leave --sequence-length out")
+    text, length = source / "text.txt", ("--sequence-length", "2048")
+    refuse("eval", source / "model", "--text", text, *length, says=says)
+    refuse("plan", source / "model", *length, says=says)
+    for command in ("prune", "compare"):
+        held_out = () if command == "prune" else ("--text", text)
+        args = (command, source / "model", "-o", tmp_path / "out", "--calibration", text, *held_out, *length)
+        refuse(*args, says=says)
+
+
+def test_windows_are_as_long_as_a_short_context(source, tmp_path, capsys):
+    """The tiny model has 256 tokens, the usual length is 2,048."""
+    text, out = str(source / "text.txt"), tmp_path / "out"
+    args = ["prune", str(source / "model"), "-o", str(out), "--calibration", text, "--text", text, "--preset", "fast"]
+    assert main([*args, "--samples", "2", "--windows", "1"]) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert report["calibration"]["sequence_length"] == 256
+    assert report["texts"]["text.txt"]["sequence_length"] == 256
+    assert "--sequence-length" not in report["command"]
+    assert main(["eval", str(out), "--text", text, "--windows", "1", "-o", str(tmp_path / "eval.json")]) == 0
+    assert json.loads((tmp_path / "eval.json").read_text())["sequence_length"] == 256
+
+
+def test_a_held_out_text_that_is_too_short_is_found_before_the_run(refuse, source, tmp_path):
+    (tmp_path / "short.txt").write_text("too short")
+    args = ("prune", source / "model", "-o", tmp_path / "out", *calibrated(source), "--text", tmp_path / "short.txt")
+    refuse(*args, says="9 tokens")
 
 
 def test_a_full_disk_is_a_failure_of_the_run(refuse, source, tmp_path, monkeypatch):
@@ -359,7 +430,7 @@ def test_an_interrupted_run_leaves_its_journal_alone(source, tmp_path):
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
     assert process.stderr is not None
-    assert process.stderr.readline().startswith("[1/20]")
+    assert any(line.startswith("[1/20]") for line in process.stderr)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 1, stderr

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -79,6 +80,7 @@ def test_killed_at_a_random_layer(options, uninterrupted, tmp_path, capsys):
     assert not out.exists()
     assert kept.is_dir()
     # By itself nothing is continued, and nothing lost.
+    (kept / "lock").unlink()  # the next run takes it over, and away when it ends
     before = sorted(kept.rglob("*"))
     assert main(["prune", *options, "-o", str(out)]) == 2
     assert re.search(r"out\.journal is of an interrupted run.*--resume.*--overwrite", capsys.readouterr().err)
@@ -176,8 +178,11 @@ def test_a_real_model_killed_and_resumed(smollm2_gguf, calibration_texts, tmp_pa
             assert code == -signal.SIGKILL, lines
             assert any("going on behind layer" in line for line in lines) == (layer != stops[0])
     journals = [Journal(tmp_path / f"{name}.journal") for name in ("one", "other")]
+    for each in journals:
+        run = json.loads((tmp_path / "one.journal" / "run.json").read_text())["content"]
+        each.begin({name: value for name, value in run.items() if name != "version"})
     for layer in range(2):
-        (one, facts), (other, expected) = (each.layer(layer) for each in journals)
+        (one, facts), (other, expected) = (each.layer(layer, dict[str, Any]) for each in journals)
         assert {**facts["record"], "seconds": 0} == {**expected["record"], "seconds": 0}
         assert set(one) == set(other)
         for name in other:

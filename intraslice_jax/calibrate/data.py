@@ -6,24 +6,24 @@ import dataclasses
 import difflib
 import hashlib
 import logging
+import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from intraslice_jax.errors import InputError
+from intraslice_jax.calibrate.documents import JOIN, Documents, column_of, documents_of
+from intraslice_jax.errors import InputError, refused
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 log = logging.getLogger(__name__)
-
-_JOIN = "\n\n"
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Recipe:
     revision: str | None = None
     files: Mapping[str, str] | None = None
     column: str = "text"
-    join: str = _JOIN
+    join: str = JOIN
     evaluation_split: str = "test"
     documents: Mapping[str, int] = field(default_factory=dict)
     evaluation_windows: int | None = None
@@ -79,44 +79,14 @@ KNOWN = {
 """Short names of well-known data sets."""
 
 
-def read_text(files: Sequence[str | Path]) -> str:
-    """UTF-8 text files as one text, an empty line between two files; a single file as it is.
-
-    Raises:
-        InputError: no file, or one that is missing, a folder, empty or not UTF-8.
-    """
-    if not files:
-        raise InputError("no text file was given; name at least one")
-    return _JOIN.join(_read_file(Path(file)) for file in files)
-
-
-def _read_file(path: Path) -> str:
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; give text files (a data set's folder is read by its name)")
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except FileNotFoundError:
-        raise InputError(f"text file {path} does not exist; check the path") from None
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"text file {path} is not UTF-8 (byte {error.start}: 0x{error.object[error.start]:02x}); "
-            f"convert it first, for example: iconv -f latin1 -t utf-8"
-        ) from None
-    except OSError as error:
-        raise InputError(f"text file {path} cannot be read: {error.strerror}") from error
-    if not text.strip():
-        raise InputError(f"text file {path} is empty; give one that holds text")
-    return text
-
-
 def read_dataset(
     name: str,
     config: str | None = None,
     split: str | None = "train",
     column: str = "text",
     folder: str | None = None,
-) -> str:
-    """The text column of a `datasets` data set as one text.
+) -> Documents:
+    """The text column of a `datasets` data set. Rows without text are left out.
 
     Args:
         name: a short name of `KNOWN` (its configuration, column and join string are the field's), a hub id, or a
@@ -124,7 +94,8 @@ def read_dataset(
         config: the data set's configuration; not for short names.
         split: which split; slices such as `train[:1%]` work. None means the one that perplexities are reported
             on (`test` where the name says nothing else).
-        column: where the text is; not for short names. Documents are joined by an empty line.
+        column: where the text is, or messages, as for `read_files`; not for short names. Documents are joined by an
+            empty line.
         folder: a local copy of the hub's repository, for short names.
 
     Raises:
@@ -143,36 +114,25 @@ def read_dataset(
         )
     split = split or recipe.evaluation_split
     rows = _load(recipe, name, split)
-    if recipe.column not in rows.column_names:
-        raise InputError(
-            f"data set {name} has no column {recipe.column!r} in split {split}; "
-            f"its columns are {', '.join(rows.column_names)}"
-        )
-    documents = rows[: recipe.documents.get(split, len(rows))][recipe.column]
-    odd = next((d for d in documents if not isinstance(d, str)), None)
-    if odd is not None:
-        raise InputError(
-            f"column {recipe.column!r} of data set {name} holds {type(odd).__name__} values, expected text; "
-            f"its columns are {', '.join(rows.column_names)}"
-        )
-    text = recipe.join.join(documents)
-    if not text.strip():
-        raise InputError(f"column {recipe.column!r} of data set {name}, split {split}, holds no text")
-    return text
+    where = f"data set {name}, split {split}"
+    column = column_of(rows.column_names, recipe.column, where)
+    values = rows.select_columns([column])[: recipe.documents.get(split, len(rows))][column]
+    return Documents(documents_of(values, column, where), recipe.join)
 
 
 def _load(recipe: Recipe, name: str, split: str) -> Dataset:
     """One split of a data set, every failure as an InputError."""
     # Imported here: it takes seconds, and text files do not need it.
     import datasets
-    from datasets.exceptions import DatasetNotFoundError, DatasetsError
+    from datasets.exceptions import DatasetNotFoundError
 
     folder = Path(recipe.path)
-    if folder.is_file() or (recipe.path.startswith((".", "/", "~")) and not folder.exists()):
-        found = "is a file" if folder.is_file() else "does not exist"
+    exists = os.path.exists(recipe.path)  # pathlib's raises for very long names
+    if os.path.isfile(recipe.path) or (recipe.path.startswith((".", "/", "~")) and not exists):
+        found = "is a file" if exists else "does not exist"
         raise InputError(f"data set {name} {found}; give a hub name or a folder")
     try:
-        if any((folder / file).is_file() for file in ("dataset_dict.json", "state.json")):
+        if exists and any((folder / file).is_file() for file in ("dataset_dict.json", "state.json")):
             return _saved_split(datasets.load_from_disk(recipe.path), name, split)
         arguments: dict[str, Any] = {"split": split, "revision": recipe.revision}
         if recipe.files is not None:
@@ -180,7 +140,7 @@ def _load(recipe: Recipe, name: str, split: str) -> Dataset:
             if wanted not in recipe.files:
                 raise InputError(f"data set {name} has no split {split!r}; its splits are {_list(recipe.files)}")
             arguments["data_files"] = {wanted: recipe.files[wanted]}
-        if not folder.exists():  # without a network the hub's library tries for half a minute
+        if not exists:  # without a network the hub's library tries for half a minute
             log.info("asking the Hugging Face hub for data set %s", recipe.path)
         return datasets.load_dataset(recipe.path, recipe.config, **arguments)
     except InputError:
@@ -193,8 +153,8 @@ def _load(recipe: Recipe, name: str, split: str) -> Dataset:
             f"data set {name} cannot be downloaded ({_line(error)}){_nearest(name)}; without a network give {copy}, "
             "or text files"
         ) from error
-    except (DatasetsError, ValueError, OSError, RuntimeError) as error:
-        # Unknown splits and configurations arrive here; the message lists those that exist.
+    except Exception as error:
+        # Unknown splits and configurations arrive here (the message lists those that exist), and damaged files.
         raise InputError(f"data set {name}, split {split}: {_line(error)}") from error
 
 
@@ -224,11 +184,70 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+_PIECE, _OVERLAP = 2**16, 2**11
+"""How many characters of a text are encoded in one go, and how many of these with the next ones again."""
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Int[np.ndarray, " tokens"]:
-    """The token ids of a whole text, int32, without special tokens."""
+    """The token ids of a whole text, int32, without special tokens.
+
+    As a whole a long text takes more than linear time, and some 150 bytes of memory for each character. It is encoded
+    in pieces that overlap, and two pieces are joined at a token that both have, in the middle of the overlap: what a
+    tokenizer makes of a character depends on its surroundings, but not on what is a thousand characters away. Where
+    they share no token (in one word of a hundred thousand letters, say) the text is cut.
+
+    Raises:
+        InputError: the tokenizer fails.
+    """
+    if len(text) <= _PIECE or not tokenizer.is_fast:
+        return _encode(tokenizer, text)[0]
+    piece, taken, found = _piece(tokenizer, text, 0), 0, []
+    while piece.stop < len(text):
+        inside = piece.starts[piece.starts >= piece.stop - _OVERLAP]
+        following = _piece(tokenizer, text, int(inside[0]) if len(inside) else piece.stop)
+        shared = _shared_token(piece, following)
+        if shared is None:
+            shared, following = (len(piece.ids), 0), _piece(tokenizer, text, piece.stop)
+        found.append(piece.ids[taken : shared[0]])
+        piece, taken = following, shared[1]
+    return np.concatenate([*found, piece.ids[taken:]])
+
+
+class _Piece(NamedTuple):
+    """Tokens of a part of a text.
+
+    Attributes:
+        stop: the position in the text where the part ends.
+        ids: int32.
+        starts: the position in the text where each token begins, -1 for one that begins within a character.
+    """
+
+    stop: int
+    ids: Int[np.ndarray, " tokens"]
+    starts: Int[np.ndarray, " tokens"]
+
+
+def _piece(tokenizer: PreTrainedTokenizerBase, text: str, start: int) -> _Piece:
+    part = text[start : start + _PIECE]
+    ids, encoding = _encode(tokenizer, part)
+    spans = np.asarray(encoding[0].offsets, np.int64).reshape(-1, 2)
+    clean = (spans[:, 0] < spans[:, 1]) & (spans[:, 0] >= np.append(0, spans[:-1, 1]))
+    return _Piece(start + len(part), ids, np.where(clean, start + spans[:, 0], -1))
+
+
+def _shared_token(piece: _Piece, following: _Piece) -> tuple[int, int] | None:
+    """The index in both of the middle one of the tokens that they have at the same position."""
+    _, here, there = np.intersect1d(piece.starts, following.starts, return_indices=True)
+    same = (piece.ids[here] == following.ids[there]) & (piece.starts[here] >= 0)
+    here, there = here[same], there[same]
+    return (int(here[len(here) // 2]), int(there[len(there) // 2])) if len(here) else None
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[np.ndarray, BatchEncoding]:
     # verbose=False: the stream is cut into windows later, so a note that it exceeds the context would mislead.
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return np.asarray(ids, np.int32)
+    with refused("the tokenizer cannot encode the text"):
+        encoding = tokenizer(text, add_special_tokens=False, verbose=False)
+        return np.asarray(encoding["input_ids"], np.int32), encoding
 
 
 def sample_windows(
@@ -273,7 +292,7 @@ def _check_length(stream: np.ndarray, sequence_length: int) -> None:
     if len(stream) < sequence_length:
         raise InputError(
             f"the text has {len(stream)} tokens, shorter than one window of {sequence_length}; "
-            f"give more text or lower --sequence-length"
+            f"give more text or lower `sequence_length`"
         )
 
 

@@ -83,7 +83,7 @@ def group_gradients(
             diagonal alone.
         batch_size: sequences per step, 0 to choose it from the budget.
         memory_budget: bytes that a step's activations may take.
-        on_batch: told after each step.
+        on_batch: told before the first step and after each.
         start: how many sequences, a multiple of `group`, are left out at the beginning. All others get the same bits as
             without it.
 
@@ -150,7 +150,7 @@ def token_gradients(
         windows: int32 tokens.
         batch_size: sequences per step, 0 to choose it from the budget.
         memory_budget: bytes that a step's activations may take.
-        on_batch: told after each step.
+        on_batch: told before the first step and after each.
 
     Returns:
         float32, the same on all processes.
@@ -161,6 +161,8 @@ def token_gradients(
     decoder = model.decoder
     size = batch_size or ways(mesh_of(decoder)) * automatic_batch(model.config, windows.shape[1], False, memory_budget)
     rope, found = decoder.rope_for(windows.shape[1]), []
+    if on_batch is not None:
+        on_batch(0, len(windows))
     with jax.default_matmul_precision("highest"):
         for tokens, real, done in _batches(windows, size, mesh_of(decoder)):
             parts = _lane_parts(decoder, tokens)
@@ -185,7 +187,7 @@ def _squared_norms(
     found = np.stack([_joined(parts) for parts in reversed(norms)])
     for i in reversed(range(len(found))):  # the gradient passes the layers from the last to the first
         if not np.isfinite(found[i]).all():
-            raise RunError(f"the loss gradient behind layer {i} is not finite (try --dtype float32)")
+            raise RunError(f"the loss gradient behind layer {i} is not finite (try `dtype=float32`)")
     return found
 
 
@@ -246,6 +248,8 @@ def _sequences(
     decoder: Decoder, windows: np.ndarray, size: int, matrices: bool, on_batch: OnBatch | None, start: int
 ) -> Iterator[_Sequences]:
     rope = decoder.rope_for(windows.shape[1])
+    if on_batch is not None:
+        on_batch(start, len(windows))
     for tokens, real, done in _batches(windows, size, mesh_of(decoder)):
         if done <= start:
             continue
@@ -404,4 +408,4 @@ def _check_batch(batch: _Sequences, decoder: Decoder, tokens: Array) -> None:
     for i in reversed(range(len(batch.mlp))):
         for module, gradient in (("MLP", batch.mlp[i]), ("attention", batch.attention[i])):
             if not np.isfinite(gradient).all():
-                raise RunError(f"layer {i}, {module}: the gradient of its mask is not finite (try --dtype float32)")
+                raise RunError(f"layer {i}, {module}: the gradient of its mask is not finite (try `dtype=float32`)")

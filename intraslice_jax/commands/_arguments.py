@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import importlib.resources
 import io
 import os
@@ -55,6 +56,39 @@ def one_line(box: str) -> str:
             parts[-1] += " " + line.strip()
     text = "; ".join(part.strip() for part in parts if part) or box.strip()
     return f"{re.sub('Error parsing __[^:]*: ', '', text)} (see --help)"
+
+
+def in_flags(message: str, options: type) -> str:
+    """A message in which `setting` or `setting=value`, as Python has them, are options of the command line."""
+    names = field_names(options)
+
+    def flag(found: re.Match[str]) -> str:
+        name, value = found.groups()
+        if name not in names:
+            return found[0]
+        return f"--{name.replace('_', '-')}" + ("" if value in (None, "True") else f" {value}")
+
+    return re.sub(r"`([a-z_]+)(?:=([^`]*))?`", flag, message)
+
+
+def field_names(options: type) -> set[str]:
+    """Of the options and of their sections."""
+    names: set[str] = set()
+    for name, hint in get_type_hints(options).items():
+        names |= field_names(hint) if dataclasses.is_dataclass(hint) else {name}  # pyright: ignore[reportArgumentType]
+    return names
+
+
+def check_flags(args: Sequence[str], command: str, options: type) -> None:
+    """Raises InputError for an option that the command does not have, with the likeliest one that it has."""
+    known = {"help", *(name.replace("_", "-") for name in field_names(options))}
+    known |= {f"no-{name}" for name in known}
+    for argument in args:
+        name = argument.partition("=")[0].removeprefix("--").replace("_", "-")
+        if argument.startswith("--") and name and name not in known:
+            matches = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean --{matches[0]}?" if matches else f"`intraslice {command} --help` lists all"
+            raise InputError(f"there is no option --{name}; {hint}")
 
 
 def merge_repeated(args: Sequence[str], options: type) -> list[str]:

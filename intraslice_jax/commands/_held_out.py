@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from intraslice_jax.commands._types import Files
 
 if TYPE_CHECKING:
-    from intraslice_jax.calibrate.sources import EvaluationText
+    from intraslice_jax.calibrate.sources import EvaluationSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,7 @@ class HeldOut:
         text: text files to measure perplexity on.
         dataset: instead of files, a data set: `NAME`, `NAME:CONFIG` or `NAME@FOLDER`.
         evaluation_split: which split of the data set; the one the field reports on, `test` mostly, if not given.
-        evaluation_column: which column of the data set holds the text.
+        evaluation_column: which column of the data set, or field of a file, holds the text.
         windows: how many evaluation windows from the start of the text; all if not given.
     """
 
@@ -30,7 +30,7 @@ class HeldOut:
     windows: int | None = None
 
 
-def read_held_out(options: HeldOut) -> EvaluationText:
+def read_held_out(options: HeldOut) -> EvaluationSource:
     """The text, every failure as an InputError."""
     from intraslice_jax.calibrate.sources import read_evaluation
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from tyro.conf import OmitArgPrefixes
 
 from intraslice_jax.commands._types import Config, Dtype, JsonOutput, Model
-from intraslice_jax.config import CalibrationConfig, PruneConfig
+from intraslice_jax.config import CalibrationConfig, PruneConfig, window_length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +56,13 @@ def run(options: Options) -> None:
 
     calibrate = options.calibrate
     model = api.load(options.model, options.dtype)
-    api.check_length(model, calibrate.sequence_length)
-    shape = (calibrate.samples, calibrate.sequence_length)
+    length = window_length(calibrate.sequence_length, model.config.max_position_embeddings)
+    shape = (calibrate.samples, length)
     if calibrate.calibration:
-        text = read_sources(calibrate.calibration, calibrate.split, calibrate.column, "--calibration")
-        windows = data.sample_windows(data.encode(model.require_tokenizer(), text), *shape, calibrate.seed)
+        documents = read_sources(calibrate.calibration, calibrate.split, calibrate.column, "--calibration")
+        tokenizer = model.require_tokenizer()
+        stream = data.encode(tokenizer, documents.rendered(tokenizer))
+        windows = data.sample_windows(stream, *shape, calibrate.seed)
     else:
         windows = np.random.default_rng(calibrate.seed).integers(0, model.config.vocab_size, shape, dtype=np.int32)
     if options.layers is not None:

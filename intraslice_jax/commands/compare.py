@@ -11,7 +11,7 @@ from tyro.conf import Fixed, OmitArgPrefixes, Suppress
 
 from intraslice_jax.commands._held_out import HeldOut, read_held_out
 from intraslice_jax.commands._types import Config, Dtype, Model, Names, Numbers, Output
-from intraslice_jax.config import CalibrationConfig, ParallelConfig, PruneConfig
+from intraslice_jax.config import CalibrationConfig, ParallelConfig, PruneConfig, window_length
 
 if TYPE_CHECKING:
     from intraslice_jax.evaluate.compare import Row
@@ -82,13 +82,15 @@ def run(options: Options) -> None:
             raise InputError(f"{name} under prune is one value; compare takes several, as `{_PLURAL[name]}` at the top")
     trials = plan_trials(options.methods, options.sparsity, options.ratios, options.prune)
     calibrate = options.calibrate
-    text = read_sources(calibrate.calibration, calibrate.split, calibrate.column, "--calibration")
+    documents = read_sources(calibrate.calibration, calibrate.split, calibrate.column, "--calibration")
     held_out = read_held_out(options)
     model = api.load(options.model, options.dtype, make_mesh(options.parallel.mesh))
-    api.check_length(model, calibrate.sequence_length)
-    stream = data.encode(model.require_tokenizer(), text)
-    calibration = data.sample_windows(stream, calibrate.samples, calibrate.sequence_length, calibrate.seed)
-    evaluation = api.text_windows(model, held_out.text, calibrate.sequence_length, held_out.windows)
+    length = window_length(calibrate.sequence_length, model.config.max_position_embeddings)
+    tokenizer = model.require_tokenizer()
+    text, held_out = documents.rendered(tokenizer), held_out.rendered(tokenizer)
+    stream = data.encode(tokenizer, text)
+    calibration = data.sample_windows(stream, calibrate.samples, length, calibrate.seed)
+    evaluation = api.text_windows(model, held_out.text, length, held_out.windows)
 
     rows: list[Row] = []
     partial = options.output.with_name(f"{options.output.name}.partial.json")
@@ -97,7 +99,7 @@ def run(options: Options) -> None:
         return {
             "model": model.name,
             "rows": [dataclasses.asdict(row) for row in rows],
-            "sequence_length": calibrate.sequence_length,
+            "sequence_length": length,
             "calibration_text_sha256": data.text_hash(text),
             "evaluation_text_sha256": data.text_hash(held_out.text),
             "evaluation_windows": len(evaluation),
@@ -116,10 +118,11 @@ def run(options: Options) -> None:
     compare(model, calibration, evaluation, trials, on_row)
     if not is_first():
         return
+    rows.sort(key=lambda row: row.sparsity)  # the dense model, then the methods beside each other
     with atomic_folder(options.output, options.overwrite) as folder:
         write_json(folder / "compare.json", facts())
         (folder / "compare.csv").write_text(to_csv(rows), encoding="utf-8")
-        title = f"{Path(model.name).name}, windows of {calibrate.sequence_length} tokens"
+        title = f"{Path(model.name).name}, windows of {length} tokens"
         if not plot_rows(rows, title, folder / "compare.png"):
             say("matplotlib is not installed, so there is no compare.png; pip install 'intraslice-jax[report]'")
     partial.unlink()

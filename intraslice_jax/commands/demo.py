@@ -59,7 +59,7 @@ def run(options: Options) -> None:
         rows.append([name, number(count["dense"]), number(count["pruned"]), f"-{percent(removed)}"])
     print_table(rows)
     print(f"\nprompt: {options.prompt}")
-    for name, continuation in report["continuations"].items():
-        print(f"{name}: {' '.join(continuation.split())}")
+    for name in ("dense", "pruned"):
+        print(f"{name}: {' '.join(report['samples'][0][name].split())}")
     spent = f"{duration(report['seconds'])}, peak memory {gibibytes(report['peak_rss_bytes'])}"
     print(f"\n{options.output}: checkpoint, hf (for PyTorch) and report.json written in {spent}")

@@ -13,7 +13,7 @@ from intraslice_jax.commands._types import Checkpoint, Config, Dtype, Files, Jso
 from intraslice_jax.config import ParallelConfig
 
 if TYPE_CHECKING:
-    from intraslice_jax.calibrate.sources import EvaluationText
+    from intraslice_jax.calibrate.sources import EvaluationSource, EvaluationText
     from intraslice_jax.evaluate.harness import TaskResult
     from intraslice_jax.evaluate.perplexity import PerplexityResult
     from intraslice_jax.model import LanguageModel
@@ -29,8 +29,9 @@ class Options:
         dataset: instead of files, a data set: wikitext2, c4, ptb or alpaca (prepared as the field does), `NAME` or
             `NAME:CONFIG`; `NAME@FOLDER` reads a local copy of a well-known one.
         split: which split of the data set; the one the field reports on, `test` mostly, if not given.
-        column: which column of the data set holds the text.
-        sequence_length: tokens per window; compare only perplexities of the same length.
+        column: which column of the data set, or field of a file, holds the text.
+        sequence_length: tokens per window; 2,048, or the model's context where that is shorter, if not given. Compare
+            only perplexities of the same length.
         windows: how many windows from the start of the text; all if not given.
         tasks: names of lm-evaluation-harness, such as arc_easy,piqa (needs the extra `eval`).
         num_fewshot: examples before each question; what the task says if not given, mostly none.
@@ -48,7 +49,7 @@ class Options:
     dataset: str | None = None
     split: str | None = None
     column: str = "text"
-    sequence_length: int = 2048
+    sequence_length: int | None = None
     windows: int | None = None
     tasks: Names = ()
     num_fewshot: int | None = None
@@ -75,14 +76,16 @@ def run(options: Options) -> None:
     from intraslice_jax.io.checkpoint import versions
     from intraslice_jax.parallel.distributed import is_first
     from intraslice_jax.parallel.mesh import make_mesh
+    from intraslice_jax.report.schema import VERSION
     from intraslice_jax.settings import as_settings
 
-    text = _read(options)
+    source = _read(options)
     tasks = _find_tasks(options)  # unknown names are found before the model is loaded
     model = api.load(options.checkpoint, options.dtype, make_mesh(options.parallel.mesh))
     facts: dict[str, Any] = {}
     rows: list[list[str]] = []
-    if text is not None:
+    if source is not None:
+        text = source.rendered(model.require_tokenizer())
         measured = _perplexity(model, text, options)
         facts |= {**dataclasses.asdict(measured), "text": text.name, "text_sha256": text_hash(text.text)}
         rows += _perplexity_rows(measured)
@@ -91,6 +94,7 @@ def run(options: Options) -> None:
         results = _answer(model, tasks, options)
         facts["tasks"] = [dataclasses.asdict(result) for result in results]
     facts |= {
+        "format_version": VERSION,
         "parameters": model.config.total_parameters(),
         "block_parameters": model.config.block_parameters(),
         "peak_rss_bytes": peak_rss_bytes(),
@@ -119,7 +123,7 @@ def _check(options: Options) -> None:
             raise InputError(f"--{name.replace('_', '-')} belongs to --tasks, which is missing")
 
 
-def _read(options: Options) -> EvaluationText | None:
+def _read(options: Options) -> EvaluationSource | None:
     from intraslice_jax.calibrate.sources import read_evaluation
 
     if not (options.text or options.dataset):

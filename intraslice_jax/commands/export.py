@@ -21,7 +21,8 @@ class Options:
         checkpoint: what `prune` or `convert` wrote, or any model.
         output: the folder to write; a file OUT.gguf for the format `gguf`, with OUT.gguf.json beside it.
         format: `hf` is a Hugging Face folder; `padded` one in the original shapes, with zeros where something was
-            pruned, for programs that know only the stock class; `gguf` a file for llama.cpp.
+            pruned, for programs that know only the stock class; `gguf` a file for llama.cpp. If not given: `gguf` for
+            a name that ends in .gguf, else `hf`.
         dtype: dtype of the written weights, `q8_0` for `gguf` only; as stored if not given.
         max_shard_size: above this size the weights of a folder are split over several files.
         config: YAML file with any of these options; the command line is stronger.
@@ -30,7 +31,7 @@ class Options:
 
     checkpoint: Checkpoint
     output: Out
-    format: Literal["hf", "padded", "gguf"] = "hf"
+    format: Literal["hf", "padded", "gguf"] | None = None
     dtype: Literal["float32", "bfloat16", "float16", "q8_0"] | None = None
     max_shard_size: str = "5GB"
     config: Config = None
@@ -39,13 +40,11 @@ class Options:
 
 def run(options: Options) -> None:
     """Reads and writes tensor by tensor."""
-    from intraslice_jax.errors import InputError
+    from intraslice_jax.convert.formats import format_of
     from intraslice_jax.io.atomic import check_file, check_output
     from intraslice_jax.io.memory import return_freed_arrays
 
-    is_file = options.format == "gguf"
-    if is_file and options.output.suffix != ".gguf":
-        raise InputError(f"--format gguf writes a file: expected a name that ends in .gguf, found {options.output}")
+    is_file = format_of(options.output, options.format) == "gguf"
     facts_at = Path(f"{options.output}.json") if is_file else options.output / "export.json"
     (check_file if is_file else check_output)(options.output, options.overwrite)
     if is_file:

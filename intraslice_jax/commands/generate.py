@@ -20,7 +20,7 @@ class Options:
     Attributes:
         checkpoint: what `prune` or `convert` wrote, or any model.
         prompt: the text to continue.
-        max_new_tokens: how many tokens at most.
+        max_new_tokens: how many tokens at most; 64, or what the context leaves if that is less, if not given.
         temperature: 0 takes the likeliest token each time; higher values sample.
         top_k: sample from this many likeliest tokens, 0 for all.
         top_p: sample from the likeliest tokens that together have this probability.
@@ -33,7 +33,7 @@ class Options:
 
     checkpoint: Checkpoint
     prompt: Positional[Annotated[str, arg(metavar="PROMPT")]]
-    max_new_tokens: int = 64
+    max_new_tokens: int | None = None
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0

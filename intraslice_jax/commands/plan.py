@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from intraslice_jax.commands._types import Config, Dtype, JsonOutput, Model
-from intraslice_jax.config import DEFAULT_PRESET, PruneConfig, check_refine, preset
+from intraslice_jax.config import DEFAULT_PRESET, PruneConfig, check_refine, preset, window_length
 
 if TYPE_CHECKING:
     from intraslice_jax.planning.devices import Accelerator
@@ -22,8 +22,8 @@ class Options:
         devices: what the run would have, such as v5e-16, v5p-64 or 8xH100; sets memory and rates.
         mesh: `data=D,model=M`; these devices need not exist. With `--devices` the first mesh that fits if not given.
         device_memory: of one device, such as 16GiB; without it and `--devices` nothing is refused.
-        flops: operations per second of one device, for an estimate of the time, or `measured` for those of this
-            machine; with `--devices` an assumed share of the peak if not given.
+        flops: operations per second of one device, for the time, or `measured` for those of this machine, which are
+            also taken if neither this nor `--devices` is given; with `--devices` an assumed share of the peak.
         residency: where the weights wait: all on the devices, in host memory or in their files; then a device holds
             one layer and the next.
         preset: of `prune`; says the ratios and the refinement that are not given.
@@ -50,7 +50,7 @@ class Options:
     search_rounds: int = PruneConfig.search_rounds
     dense_targets: float = 0.0
     samples: int = 128
-    sequence_length: int = 2048
+    sequence_length: int | None = None
     memory_budget: int = 512 * 2**20
     dtype: Dtype = "bfloat16"
     output: JsonOutput = None
@@ -79,11 +79,12 @@ def run(options: Options) -> None:
     if options.device_memory is not None:
         memory = parse_size(options.device_memory)
     sizes = mesh_sizes(options.mesh or (f"data={count}" if count else "data=1"), count)
+    model = describe(options.model)
     setting = Run(
         f"data={sizes.data},model={sizes.model}",
         options.residency,
         options.samples,
-        options.sequence_length,
+        window_length(options.sequence_length, model.max_position_embeddings),
         options.memory_budget,
         options.dtype,
         options.sparsity,
@@ -92,7 +93,6 @@ def run(options: Options) -> None:
         options.search_rounds,
         options.dense_targets,
     )
-    model = describe(options.model)
     rates = _rates(options.flops, accelerator)
     plan = None
     if options.mesh is None and count and memory is not None:
@@ -101,18 +101,21 @@ def run(options: Options) -> None:
     if memory is not None:
         refuse(options.model, model, plan, memory, accelerator)
     _print(plan)
+    if options.devices is None and options.flops in (None, "measured"):
+        print("times are those of this machine's processors; compilation, reading and writing are left out")
     if options.output is not None:
         write_json(options.output, plan)
 
 
-def _rates(given: str | None, accelerator: Accelerator | None) -> Rates | None:
+def _rates(given: str | None, accelerator: Accelerator | None) -> Rates:
     from intraslice_jax.errors import InputError
+    from intraslice_jax.planning.estimate import EFFICIENCY
     from intraslice_jax.planning.stages import Rates, measured_rate
 
-    if given is None:
-        return None if accelerator is None else Rates.of(accelerator)
+    if given is None and accelerator is not None:
+        return Rates.of(accelerator)
     try:
-        rate = measured_rate() if given == "measured" else float(given)
+        rate = EFFICIENCY * measured_rate() if given in (None, "measured") else float(given)
     except ValueError:
         rate = 0.0
     if not 0 < rate < float("inf"):

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import OmitArgPrefixes
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 class Options(HeldOut):
     """Prune a model and write the result as a checkpoint, with a page that shows what was done.
 
-    With a held-out text (`--text` or `--dataset`) the perplexity before and after is measured, too.
+    With a held-out text (`--text` or `--dataset`) the perplexity before and after is measured, too. Sample texts of
+    both models are in the page if the layers stay on the devices of one process.
 
     Attributes:
         model: a folder, a hub id, a .gguf file, or a checkpoint.
@@ -37,7 +39,8 @@ class Options(HeldOut):
         overwrite: replace OUT if it exists.
         dtype: dtype of the weights; as stored if not given.
         resume: continue an interrupted run of the same command from the journal beside OUT, if there is one.
-        journal: keep finished layers in the folder OUT.journal until OUT is written.
+        journal: do without the folder OUT.journal, which keeps finished layers until OUT is written: an interrupted run
+            cannot be continued then (`journal: false` in YAML).
         residency: where the layers are that are not in use: on the devices, in host memory, or in the model's files.
     """
 
@@ -71,41 +74,62 @@ def run(options: Options) -> None:
 
 
 def _prune(options: Options, journal: Journal | None) -> None:
+    import jax
+
     from intraslice_jax import api
     from intraslice_jax.calibrate.sources import read_sources
     from intraslice_jax.commands._output import gibibytes, number, percent, print_table, say
     from intraslice_jax.environment import StageClock, peak_rss_bytes
     from intraslice_jax.evaluate.held_out import measure_both
+    from intraslice_jax.evaluate.samples import sample_texts
     from intraslice_jax.io.memory import return_freed_arrays
     from intraslice_jax.parallel.mesh import make_mesh
-    from intraslice_jax.progress import duration, prune_progress
+    from intraslice_jax.planning.estimate import expected_seconds
+    from intraslice_jax.progress import duration, run_progress
+    from intraslice_jax.report.schema import VERSION as REPORT_VERSION
     from intraslice_jax.report.single import write_report
     from intraslice_jax.settings import as_settings
 
     started, clock = time.monotonic(), StageClock()
     calibrate = options.calibrate
-    text = read_sources(calibrate.calibration, calibrate.split, calibrate.column, "--calibration")
-    held_out = read_held_out(options) if options.text or options.dataset else None
-    if options.residency != "device":
-        return_freed_arrays()
-    model = api.load(options.model, options.dtype, make_mesh(options.parallel.mesh), options.residency)
-    clock.finish("reading")
-    with prune_progress(model.config.num_layers) as told:
-        pruned = api.prune_calibrated(model, text, options.prune, calibrate, *told, journal=journal)
-    texts, measuring = {}, StageClock()
-    if held_out is not None:
-        texts[held_out.name] = measure_both(model, pruned, held_out, calibrate.sequence_length)
-        measuring.finish("perplexity")
-    report = {
-        **pruned.report,
-        "texts": texts,
-        "stages": [*clock.stages, *pruned.report["stages"], *measuring.stages],
-        "command": command_line("prune", options),
-        "settings": as_settings(options),
-        "seconds": time.monotonic() - started,
-        "peak_rss_bytes": peak_rss_bytes(),
-    }
-    api.save(dataclasses.replace(pruned, report=report), options.output, options.overwrite)
+    with run_progress() as progress:
+        progress.tell("reading", 0, 0)
+        documents = read_sources(calibrate.calibration, calibrate.split, calibrate.column, "--calibration")
+        held_out = read_held_out(options) if options.text or options.dataset else None
+        if options.residency != "device":
+            return_freed_arrays()
+        model = api.load(options.model, options.dtype, make_mesh(options.parallel.mesh), options.residency)
+        text, windows = documents.rendered(model.require_tokenizer()), None
+        if held_out is not None:  # a text that is too short is found before the run, not after it
+            held_out = held_out.rendered(model.require_tokenizer())
+            windows = api.text_windows(model, held_out.text, calibrate.sequence_length, held_out.windows)
+        clock.finish("reading")
+        progress.expect(expected_seconds(model, options.prune, calibrate, windows))
+        pruned = api.prune_calibrated(
+            model, text, options.prune, calibrate, progress.on_layer, progress.tell, journal=journal
+        )
+        texts, measuring = {}, StageClock()
+        if held_out is not None and windows is not None:
+            told = partial(progress.tell, "perplexity")
+            texts[held_out.name] = measure_both(model, pruned, held_out, windows, told)
+            measuring.finish("perplexity")
+        samples = []
+        if options.residency == "device" and jax.process_count() == 1:  # elsewhere each token would move all layers
+            samples = sample_texts(model, pruned, partial(progress.tell, "sample texts"))
+            measuring.finish("sample texts")
+        progress.tell("writing", 0, 0)
+        report = {
+            "format_version": REPORT_VERSION,
+            **pruned.report,
+            "texts": texts,
+            "samples": samples,
+            "stages": [*clock.stages, *pruned.report["stages"], *measuring.stages],
+            "command": command_line("prune", options),
+            "settings": as_settings(options),
+            "seconds": time.monotonic() - started,
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
+        api.save(dataclasses.replace(pruned, report=report), options.output, options.overwrite)
     if not write_report(options.output):
         say("matplotlib is not installed, so report.html has no pictures; pip install 'intraslice-jax[report]'")
     dense, small = model.config, pruned.config

@@ -61,11 +61,10 @@ def run(options: Options) -> None:
 
 def _compare(runs: tuple[str, ...], folder: Path) -> bool:
     from intraslice_jax.commands._output import write_json
-    from intraslice_jax.report.comparison import comparison_facts, comparison_page, draw_comparison
-    from intraslice_jax.report.run import read_run
+    from intraslice_jax.report.comparison import comparison_facts, comparison_page, draw_comparison, read_runs
     from intraslice_jax.report.write import write_page
 
-    found = [read_run(path) for path in runs]
+    found = read_runs(runs)
     images = draw_comparison(found)
     write_page(folder, comparison_page(found, images or {}), _file_names(images or {}))
     write_json(folder / "report.json", comparison_facts(found))

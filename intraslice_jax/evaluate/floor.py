@@ -72,7 +72,7 @@ def first_layers(model: LanguageModel, count: int) -> LanguageModel:
         InputError: it has fewer.
     """
     if not 1 <= count <= model.config.num_layers:
-        raise InputError(f"--layers must be between 1 and {model.config.num_layers}, found {count}")
+        raise InputError(f"`layers` must be between 1 and {model.config.num_layers}, found {count}")
     config = model.config.with_layers(model.config.layers[:count])
     arrays = {
         path: array
@@ -102,15 +102,16 @@ def measure_pruning(
         with times.running("rate"):
             rate.sample()
 
-    def on_batch(_: int, __: int) -> None:
-        with times.running("rate"):
-            rate.sample()
+    def on_stage(stage: str, _: int, __: int) -> None:
+        if stage != "layers":
+            with times.running("rate"):
+                rate.sample()
 
     # What happens once, such as the import of LAPACK, is no stage's.
     with measured_stages() as warming:
         prune_model(first_layers(model, 1), windows[:rows], config)
     with measured_stages() as times:
-        pruned = prune_model(model, windows, config, on_layer, on_batch)
+        pruned = prune_model(model, windows, config, on_layer, on_stage)
     rate.sample()
     needed = loop_flops(model.config, pruned.config, samples, seq)
     if any(name in times.wall for name in GRADIENTS):

@@ -59,9 +59,9 @@ def find_tasks(names: Sequence[str], include_path: Path | None = None) -> dict[s
         InputError: a name is unknown, a task file lacks a field, or a data set cannot be had.
     """
     if not names:
-        raise InputError("no task was given; name at least one, for example --tasks arc_easy,piqa")
+        raise InputError("no task was given; name at least one, for example `tasks=arc_easy,piqa`")
     if include_path is not None and not include_path.is_dir():
-        raise InputError(f"--include-path {include_path} is not a folder; give one that holds task files (*.yaml)")
+        raise InputError(f"`include_path={include_path}` is not a folder; give one that holds task files (*.yaml)")
     own = None if include_path is None else str(include_path)
     manager = TaskManager(include_path=own, include_defaults=False)
     if any(name not in manager.task_index for name in names):
@@ -152,7 +152,7 @@ def _load(manager: TaskManager, name: str) -> dict[str, Any]:
             dataset = (entry.cfg or {}).get("dataset_path", "its data set")
             raise InputError(
                 f"{where}: {dataset} cannot be downloaded ({line}); without a network write a task file whose "
-                "dataset_path is a local copy and pass its folder as --include-path (docs/tasks.md)"
+                "dataset_path is a local copy and pass its folder as `include_path` (docs/tasks.md)"
             ) from error
         raise InputError(f"{where}: {type(error).__name__}: {line}") from error
 

@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from intraslice_jax import api
+import numpy as np
+from jaxtyping import Int
+
 from intraslice_jax.calibrate.data import text_hash
 from intraslice_jax.calibrate.sources import EvaluationText
 from intraslice_jax.evaluate.perplexity import perplexity
 from intraslice_jax.model import LanguageModel
-from intraslice_jax.progress import window_progress
 
 
 def measure_both(
-    dense: LanguageModel, pruned: LanguageModel, source: EvaluationText, sequence_length: int
+    dense: LanguageModel,
+    pruned: LanguageModel,
+    source: EvaluationText,
+    windows: Int[np.ndarray, "windows seq"],
+    on_batch: Callable[[int, int], None],
 ) -> dict[str, Any]:
     """Measures two models on the same windows of a text.
 
+    Args:
+        dense: the model before.
+        pruned: the model after.
+        source: the text.
+        windows: int32 tokens of it.
+        on_batch: told the windows done and their number, of both models together.
+
     Raises:
-        InputError: the text has fewer tokens than one window, or the window exceeds the context.
         RunError: a loss is not finite.
     """
-    windows = api.text_windows(dense, source.text, sequence_length, source.windows)
-    values = []
-    for label, model in (("dense", dense), ("pruned", pruned)):
-        with window_progress(label) as on_batch:
-            values.append(perplexity(model, windows, on_batch=on_batch))
+    count = len(windows)
+    on_batch(0, 2 * count)
+    values = [
+        perplexity(model, windows, on_batch=lambda done, _, before=before: on_batch(before + done, 2 * count))
+        for model, before in ((dense, 0), (pruned, count))
+    ]
     return {
         "dense_perplexity": values[0].perplexity,
         "pruned_perplexity": values[1].perplexity,
         "evaluated_tokens": values[1].evaluated_tokens,
-        "sequence_length": sequence_length,
+        "sequence_length": windows.shape[1],
         "text_sha256": text_hash(source.text),
     }

@@ -60,10 +60,10 @@ def common_context(configs: list[ModelConfig], context: int | None) -> int:
         return min(PAPER_CONTEXT, limit)
     if context > limit:
         raise InputError(
-            f"--context {context} is longer than the model's maximum of {limit} tokens; pass --context {limit} or less"
+            f"context {context} is longer than the model's maximum of {limit} tokens; give `context={limit}` or less"
         )
     if context < 2:
-        raise InputError(f"--context must be at least 2, found {context}")
+        raise InputError(f"`context` must be at least 2, found {context}")
     return context
 
 
@@ -84,19 +84,19 @@ def check_workload(models: Mapping[str, LanguageModel], work: Workload, memory: 
     Raises:
         InputError: a number is out of range, or the batch does not fit the memory; the message says which does.
     """
-    for name, value in (("--batch-size", work.batch), ("--repeats", work.repeats)):
+    for name, value in (("`batch_size`", work.batch), ("`repeats`", work.repeats)):
         if value < 1:
             raise InputError(f"{name} must be at least 1, found {value}")
     layers = min(model.config.num_layers for model in models.values())
     if not 0 <= work.layer < layers:
-        raise InputError(f"--layer must be between 0 and {layers - 1}, found {work.layer}")
+        raise InputError(f"`layer` must be between 0 and {layers - 1}, found {work.layer}")
     memory = available_bytes() if memory is None else memory
     each = bytes_per_sequence(models, work.context)
     if work.batch * each > memory:
         fits = memory // each
-        mend = f"the largest that fits is --batch-size {fits}" if fits else "pass a shorter --context"
+        mend = f"the largest that fits is `batch_size={fits}`" if fits else "give a shorter `context`"
         raise InputError(
-            f"--batch-size {work.batch} with --context {work.context} needs about {work.batch * each / 2**30:.1f} GiB, "
+            f"`batch_size={work.batch}` with `context={work.context}` needs about {work.batch * each / 2**30:.1f} GiB, "
             f"{memory / 2**30:.1f} GiB are free; {mend}"
         )
 

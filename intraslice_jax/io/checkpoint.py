@@ -15,31 +15,67 @@ import importlib.metadata
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import jax
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
-from transformers import AutoTokenizer
+from pydantic import ConfigDict
+from typing_extensions import TypedDict
 
 from intraslice_jax.config import ModelConfig
 from intraslice_jax.errors import InputError
 from intraslice_jax.io.digests import check_digests, write_digests
-from intraslice_jax.io.streaming import StreamedArrays, write_streamed
+from intraslice_jax.io.reading import read_json
+from intraslice_jax.io.streaming import StreamedArrays, not_empty, settled, stored_shapes, write_failure, write_streamed
 from intraslice_jax.model import LanguageModel, StoredModel, as_stored
-from intraslice_jax.models.decoder import abstract_arrays, decoder_from_arrays, decoder_to_arrays
+from intraslice_jax.models.decoder import abstract_arrays, decoder_to_arrays
 from intraslice_jax.parallel.distributed import is_first, shared_folder
-from intraslice_jax.parallel.rules import weight_shardings
+from intraslice_jax.report.schema import StoredReport
 
 FORMAT = "intraslice-checkpoint"
 VERSION = 1
+ADVICE = "write or copy the checkpoint again"
+
+
+class Marked(TypedDict):
+    """What every version has in its config.json."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    format: Literal["intraslice-checkpoint"]
+    format_version: int
+
+
+class Description(Marked):
+    """The config.json of this version; `model` is what `ModelConfig.from_json` reads."""
+
+    name: str
+    dtype: Literal["float32", "bfloat16", "float16"]
+    model: dict[str, Any]
+    generation_config: dict[str, Any]
+
+
+class Origin(TypedDict):
+    """What Orbax keeps with the arrays: the config.json that was written with them."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    description: dict[str, Any]
+
+
+class Written(TypedDict):
+    """The part of Orbax's own description that matters here."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    custom_metadata: Origin
 
 
 def is_checkpoint(path: str | Path) -> bool:
     """Whether a folder was written by `save`."""
     try:
-        return json.loads((Path(path) / "config.json").read_text())["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_json(Path(path) / "config.json", dict[str, Any]).get("format") == FORMAT
+    except InputError:
         return False
 
 
@@ -53,6 +89,7 @@ def save(model: LanguageModel | StoredModel, path: str | Path, overwrite: bool =
 
     Raises:
         InputError: `path` exists and `overwrite` is False, or a stored model is damaged.
+        RunError: it cannot be written.
     """
     model = as_stored(model)
     stored = isinstance(model, StoredModel)
@@ -68,11 +105,14 @@ def save(model: LanguageModel | StoredModel, path: str | Path, overwrite: bool =
     with shared_folder(path, overwrite) as folder:
         metadata = {"description": description, "report": json.loads(json.dumps(model.report))}
         state = folder.absolute() / "state"
-        if stored:
-            abstract = abstract_arrays(model.config, model.dtype)
-            write_streamed(state, model.items(), abstract, metadata)
-        else:
-            ocp.save(str(state), decoder_to_arrays(model.decoder), custom_metadata=metadata)
+        try:
+            if stored:
+                write_streamed(state, model.items(), abstract_arrays(model.config, model.dtype), metadata)
+            else:
+                with settled():
+                    ocp.save(str(state), not_empty(decoder_to_arrays(model.decoder)), custom_metadata=metadata)
+        except (OSError, ValueError) as error:
+            raise error if isinstance(error, InputError) else write_failure(Path(path), error) from error
         if is_first():
             write_json(folder / "config.json", description)
             write_json(folder / "report.json", model.report)
@@ -88,19 +128,7 @@ def restore(path: str | Path, mesh: Mesh | None = None) -> LanguageModel:
     Raises:
         InputError: the folder is no checkpoint of this program, or is damaged.
     """
-    stored = open_checkpoint(path)
-    try:
-        arrays = ocp.load(_state(path), _placed(abstract_arrays(stored.config, stored.dtype), mesh))
-    except Exception as error:  # Orbax raises many kinds for a damaged file.
-        raise _damaged(path, error) from error
-    return LanguageModel(
-        config=stored.config,
-        decoder=decoder_from_arrays(stored.config, arrays),
-        tokenizer=stored.tokenizer,
-        name=stored.name,
-        generation_config=stored.generation_config,
-        report=stored.report,
-    )
+    return open_checkpoint(path).in_memory(mesh)
 
 
 def open_checkpoint(path: str | Path, dtype: str | None = None) -> StoredModel:
@@ -116,25 +144,29 @@ def open_checkpoint(path: str | Path, dtype: str | None = None) -> StoredModel:
     path = Path(path)
     if not is_checkpoint(path):
         raise InputError(f"{path} is not a checkpoint of this program (no config.json with format {FORMAT!r})")
-    description = json.loads((path / "config.json").read_text())
-    if description.get("format_version") != VERSION:
+    marked = read_json(path / "config.json", Marked, ADVICE)
+    if marked["format_version"] != VERSION:
         raise InputError(
-            f"{path} has checkpoint version {description.get('format_version')}, this program reads {VERSION}; "
+            f"{path} has checkpoint version {marked['format_version']}, this program reads {VERSION}; "
             "use the version of the program that wrote it"
         )
+    description = read_json(path / "config.json", Description, ADVICE)
+    report = dict[str, Any](read_json(path / "report.json", StoredReport, ADVICE))
     if is_first():  # the others read no more than their parts of the weights
         check_digests(path, "state")
     try:
         config = ModelConfig.from_json(description["model"])
-        abstract = abstract_arrays(config, dtype or description["dtype"])
-        _check_shapes(abstract, ocp.metadata(_state(path)).metadata)
-        report = json.loads((path / "report.json").read_text())
-        name, generation_config = description["name"], description["generation_config"]
-        arrays = StreamedArrays(_state(path), abstract)
-        stored_dtype = dtype or description["dtype"]
+        stored = stored_shapes(_state(path))
+        _check_layers(config.num_layers, stored)
+        own_dtype = abstract_arrays(config, description["dtype"])
+        _check_shapes({name: tuple(array.shape) for name, array in not_empty(own_dtype).items()}, stored)
+        written = read_json(Path(_state(path)) / "_CHECKPOINT_METADATA", Written, ADVICE)["custom_metadata"]
+        _check_origin(description, written["description"])
     except Exception as error:
         raise _damaged(path, error) from error
-    return StoredModel(config, arrays, stored_dtype, _tokenizer(path), name, generation_config, report)
+    arrays = StreamedArrays(_state(path), abstract_arrays(config, dtype) if dtype else own_dtype)
+    facts = (description["name"], description["generation_config"], report)
+    return StoredModel(config, arrays, dtype or description["dtype"], _tokenizer(path), *facts)
 
 
 def _state(path: str | Path) -> str:
@@ -142,7 +174,7 @@ def _state(path: str | Path) -> str:
 
 
 def _damaged(path: str | Path, error: Exception) -> InputError:
-    return InputError(f"{path} is damaged: {_first_line(error)}; write the checkpoint again")
+    return InputError(f"{path} is damaged: {_first_line(error)}; {ADVICE}")
 
 
 def versions() -> dict[str, str]:
@@ -156,29 +188,32 @@ def write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n")
 
 
-def _check_shapes(expected: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+def _check_layers(count: int, stored: Mapping[str, Any]) -> None:
+    """Raises InputError before a decoder of more layers than there are is described: that takes a while for each."""
+    found = len({name.split(".")[1] for name in stored if name.startswith("layers.")})
+    if count != found:
+        raise InputError(f"config.json describes {count} layers, state/ holds {found}")
+
+
+def _check_origin(description: Description, other: Mapping[str, Any]) -> None:
+    """Raises InputError where the arrays are those of another model of the same shape."""
+    for name in ("dtype", "model"):
+        if other.get(name) != description[name]:
+            raise InputError(f"config.json and state/ were written for different models: their {name} differs")
+
+
+def _check_shapes(expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]]) -> None:
     """Raises InputError for the first array that differs: Orbax would say so in a hundred lines."""
     for name in sorted(expected.keys() | stored.keys()):
-        want, found = (tuple(arrays[name].shape) if name in arrays else None for arrays in (expected, stored))
+        want, found = expected.get(name), stored.get(name)
         if want != found:
             raise InputError(f"config.json describes {name} with shape {want}, state/ holds {found}")
 
 
-def _placed(abstract: dict[str, jax.ShapeDtypeStruct], mesh: Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
-    if mesh is None:
-        shardings = dict.fromkeys(abstract, SingleDeviceSharding(jax.local_devices()[0]))
-    else:
-        shardings = weight_shardings({name: a.shape for name, a in abstract.items()}, mesh)
-    return {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=shardings[name]) for name, a in abstract.items()}
-
-
 def _tokenizer(path: Path):
-    if not (path / "tokenizer_config.json").exists():
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # tokenizers raises bare Exception for a damaged file
-        raise InputError(f"{path}: the tokenizer cannot be read: {_first_line(error)}") from error
+    from intraslice_jax.convert.tokenizer import tokenizer_from_folder  # whose package imports this one
+
+    return tokenizer_from_folder(path)
 
 
 def _first_line(error: BaseException) -> str:

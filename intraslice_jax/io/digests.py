@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
+import re
+from pathlib import Path, PurePosixPath
 
 from intraslice_jax.errors import InputError
+from intraslice_jax.io.reading import read_bytes
 
 NAME = "SHA256SUMS"
+_LINE = re.compile(r"([0-9a-f]{64})  ([^\0]+)")
 
 
 def write_digests(folder: Path, part: str) -> None:
@@ -30,15 +33,24 @@ def check_digests(folder: Path, part: str) -> None:
 def damage(folder: Path, part: str) -> str | None:
     """What is wrong with the files under `folder/part`, in words; None if they are as they were written."""
     try:
-        lines = (folder / NAME).read_text().splitlines()
-    except (OSError, ValueError):
+        lines = read_bytes(folder / NAME).decode().splitlines()
+    except ValueError:
         return f"{NAME} cannot be read"
-    listed = {name: expected for expected, _, name in (line.partition("  ") for line in lines)}
+    listed = {}
+    for line in lines:
+        match = _LINE.fullmatch(line)
+        name = PurePosixPath(match[2]) if match else None
+        if match is None or name is None or name.is_absolute() or ".." in name.parts:
+            return f"{NAME} has a line that is not a digest and the name of a file in this folder"
+        listed[match[2]] = match[1]
     for name, expected in listed.items():
-        file = folder / name
-        if not file.is_file():
+        try:
+            found = _digest(folder / name) if (folder / name).is_file() else None
+        except OSError as error:  # a name that is too long, no permission
+            return f"{name[:100]} cannot be read: {error.strerror}"
+        if found is None:
             return f"{name} is missing"
-        if _digest(file) != expected:
+        if found != expected:
             return f"{name} differs from what was written"
     for file in _files(folder, part):
         if file.relative_to(folder).as_posix() not in listed:

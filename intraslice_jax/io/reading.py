@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import pydantic
 import pydantic_core
@@ -18,6 +18,12 @@ from pydantic import Field
 from intraslice_jax.errors import InputError
 
 T = TypeVar("T")
+
+if TYPE_CHECKING:
+    Schema = type[T]
+else:
+    # What checks calls in the tests does not take `dict[str, int]` for a type.
+    Schema = Annotated[Any, T]
 
 MAX_DOCUMENT_BYTES = 256 * 2**20
 """Larger than any description of a model or a run; a tokenizer's is some 20 MB."""
@@ -35,7 +41,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 """A finite number above 0."""
 
 
-def read_json(path: Path, schema: type[T], advice: str = "download it again") -> T:
+def read_json(path: Path, schema: Schema[T], advice: str = "download it again") -> T:
     """A JSON file, checked.
 
     Args:
@@ -86,7 +92,7 @@ def parse_json(content: bytes | str, where: str, advice: str = "download it agai
         raise InputError(f"{where} cannot be read as JSON ({error}); {advice}") from error
 
 
-def check(data: Any, schema: type[T], where: str) -> T:
+def check(data: Any, schema: Schema[T], where: str) -> T:
     """Data of a parsed file as the schema's type; lists become tuples where it says so, nothing else is converted.
 
     Args:
@@ -113,8 +119,10 @@ def _adapter(schema: Any) -> pydantic.TypeAdapter:
 def _first_problem(error: pydantic.ValidationError, where: str) -> str:
     """`FILE: layers.0.qk_head_dim must be a valid integer, found '64'`."""
     problem = error.errors(include_url=False)[0]
-    # pydantic also says which kind of a union it tried: `constrained-int`, `list[constrained-int]`.
+    # pydantic also says which kind of a union it tried: `constrained-int`, `list[constrained-int]`. Keys of the file,
+    # which are part of the place, may hold anything.
     name = ".".join(str(part) for part in problem["loc"] if not re.search(r"constrained-|\[", str(part)))
+    name = "".join(c if c.isprintable() else "?" for c in name[:200])
     subject = ": ".join(part for part in (where, name) if part)
     if problem["type"] == "missing":
         return f"{subject} is missing"

@@ -36,7 +36,7 @@ class GenerationResult:
 def generate(
     model: LanguageModel,
     prompts: str | Sequence[str] | Sequence[Sequence[int]],
-    max_new_tokens: int = 64,
+    max_new_tokens: int | None = None,
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -53,7 +53,7 @@ def generate(
     Args:
         model: dense or pruned; float32 models are computed in full float32.
         prompts: texts (encoded with the tokenizer's special tokens) or token ids.
-        max_new_tokens: the most tokens to add.
+        max_new_tokens: the most tokens to add, None for 64 or what the context leaves if that is less.
         temperature: 0 takes the likeliest token at every step.
         top_k: draw from so many of the likeliest tokens, 0 for all.
         top_p: draw from the fewest likeliest tokens whose probabilities reach this sum.
@@ -69,7 +69,7 @@ def generate(
     """
     sampling = Sampling(temperature, top_k, top_p, seed)
     rows = _encode(model, [prompts] if isinstance(prompts, str) else prompts)
-    _check_length(model, rows, max_new_tokens)
+    max_new_tokens = _new_tokens(model, rows, max_new_tokens)
     generated: list[list[int]] = [[] for _ in rows]
     stop = stop_tokens(model)
     done = [False] * len(rows)
@@ -135,18 +135,22 @@ def _encode(model: LanguageModel, prompts: Sequence[str] | Sequence[Sequence[int
     return rows
 
 
-def _check_length(model: LanguageModel, rows: list[list[int]], max_new_tokens: int) -> None:
-    if max_new_tokens < 1:
+def _new_tokens(model: LanguageModel, rows: list[list[int]], max_new_tokens: int | None) -> int:
+    """How many at most, checked against the context."""
+    if max_new_tokens is not None and max_new_tokens < 1:
         raise InputError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
     limit, longest = model.config.max_position_embeddings, max(map(len, rows))
+    if max_new_tokens is None:
+        max_new_tokens = max(1, min(USUAL_TOKENS, limit - longest))
     # Dynamic scaling is made for contexts beyond the trained one.
     if longest + max_new_tokens > limit and model.config.rope.rope_type != "dynamic":
         room = limit - longest
-        mend = f"lower --max-new-tokens to {room}" if room > 0 else "shorten the prompt"
+        mend = f"lower `max_new_tokens` to {room}" if room > 0 else "shorten the prompt"
         raise InputError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of {model.name}, "
             f"{limit} tokens; {mend}"
         )
+    return max_new_tokens
 
 
 def stop_tokens(model: LanguageModel) -> set[int]:
@@ -161,6 +165,9 @@ def _check_finite(model: LanguageModel, logits: Float[Array, "batch vocab"], row
         row = rows[int(np.argmin(finite))]
         raise RunError(f"a logit is not finite: {first_bad_layer(model.decoder, jnp.asarray([row], jnp.int32))}")
 
+
+USUAL_TOKENS = 64
+"""The most that are added where nothing else is asked for."""
 
 TEXT_BEFORE = 8
 """Tokens of a prompt that its continuation is decoded with: SentencePiece drops the space that a text begins with."""

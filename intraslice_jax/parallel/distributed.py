@@ -34,9 +34,9 @@ def start(config: ParallelConfig) -> None:
         InputError: some of the explicit options are missing, or no cluster is detected.
     """
     explicit = {
-        "--coordinator": config.coordinator,
-        "--num-processes": config.num_processes,
-        "--process-id": config.process_id,
+        "`coordinator`": config.coordinator,
+        "`num_processes`": config.num_processes,
+        "`process_id`": config.process_id,
     }
     given = [name for name, value in explicit.items() if value is not None]
     if not given and not config.distributed:
@@ -44,11 +44,11 @@ def start(config: ParallelConfig) -> None:
     if given and len(given) < len(explicit):
         missing = [name for name in explicit if name not in given]
         raise InputError(
-            f"{', '.join(given)} without {', '.join(missing)}; give all three, or --distributed alone on a TPU pod "
+            f"{', '.join(given)} without {', '.join(missing)}; give all three, or `distributed` alone on a TPU pod "
             "slice, under Slurm or under Open MPI"
         )
     if config.num_processes is not None and not 0 <= (config.process_id or 0) < config.num_processes:
-        raise InputError(f"--process-id {config.process_id} is not below --num-processes {config.num_processes}")
+        raise InputError(f"`process_id={config.process_id}` is not below `num_processes={config.num_processes}`")
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         enough_threads()
     with _deadline(config):
@@ -64,8 +64,8 @@ def start(config: ParallelConfig) -> None:
             )
         except ValueError as error:
             raise InputError(
-                f"--distributed: no TPU pod slice, Slurm or Open MPI job was detected ({error}); give "
-                "--coordinator HOST:PORT, --num-processes and --process-id"
+                f"`distributed`: no TPU pod slice, Slurm or Open MPI job was detected ({error}); give "
+                "`coordinator=HOST:PORT`, `num_processes` and `process_id`"
             ) from error
     if jax.process_count() > 1:
         threading.Thread(target=_watch, args=(_client(), float(config.peer_timeout)), daemon=True).start()
@@ -176,7 +176,7 @@ def _deadline(config: ParallelConfig) -> Iterator[None]:
     def give_up() -> None:
         _complain(
             f"after {config.startup_timeout} s not all of {others} are there; start the missing ones, open the "
-            "coordinator's port, or raise --startup-timeout"
+            "coordinator's port, or raise startup_timeout (--startup-timeout)"
         )
         _exit(1)
 

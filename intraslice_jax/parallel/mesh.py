@@ -13,7 +13,7 @@ from intraslice_jax.errors import InputError
 DATA, MODEL = "data", "model"
 """Names of the mesh axes: sequences are split over `data`, heads and channels over `model`."""
 
-_EXPECTED = "expected data=D,model=M, for example --mesh data=4,model=2"
+_EXPECTED = "expected data=D,model=M, for example `mesh=data=4,model=2`"
 
 
 def parse_mesh(text: str, devices: int) -> tuple[int, int]:
@@ -28,7 +28,7 @@ def parse_mesh(text: str, devices: int) -> tuple[int, int]:
     for item in text.split(","):
         name, _, value = (part.strip() for part in item.partition("="))
         if name not in (DATA, MODEL) or name in sizes or not value.isdecimal() or int(value) < 1:
-            raise InputError(f"--mesh {text!r}: {item.strip()!r} does not name the size of an axis; {_EXPECTED}")
+            raise InputError(f"mesh {text!r}: {item.strip()!r} does not name the size of an axis; {_EXPECTED}")
         sizes[name] = int(value)
     model = sizes.get(MODEL, 1)
     if devices % model == 0:
@@ -36,7 +36,7 @@ def parse_mesh(text: str, devices: int) -> tuple[int, int]:
     data = sizes.get(DATA, 1)
     if devices % (data * model):
         raise InputError(
-            f"--mesh {text!r} takes {data * model} devices, which do not divide the {devices} that there are; "
+            f"mesh {text!r} takes {data * model} devices, which do not divide the {devices} that there are; "
             f"choose sizes whose product divides {devices}"
         )
     return data, model
@@ -61,7 +61,7 @@ def make_mesh(text: str | None = None, devices: Sequence[Any] | None = None) -> 
     processes = len({device.process_index for device in devices})
     if processes > 1 and data * model < len(devices):
         raise InputError(
-            f"--mesh {text!r} takes {data * model} of {len(devices)} devices; "
+            f"mesh {text!r} takes {data * model} of {len(devices)} devices; "
             f"a run of {processes} processes must use all of theirs"
         )
     return jax.make_mesh((data, model), (DATA, MODEL), (AxisType.Auto,) * 2, devices=devices[: data * model])

@@ -58,4 +58,4 @@ def parse_devices(text: str) -> tuple[Accelerator, int]:
             return V5P, int(match["v5p"]) // 2
         if match["h100"] and int(match["h100"]):
             return H100, int(match["h100"])
-    raise InputError(f"--devices {text!r} is not known; expected for example v5e-16, v5p-64 (32 chips) or 8xH100")
+    raise InputError(f"`devices={text}` is not known; expected for example v5e-16, v5p-64 (32 chips) or 8xH100")

@@ -65,15 +65,15 @@ def _remedy(config: ModelConfig, run: Run, plan: dict[str, Any], memory: int, ac
     """What to do about a plan that does not fit: of the same mesh, if that helps."""
     unrefined = max(size for phase, size in plan["phase_bytes"].items() if phase != "refinement")
     if unrefined <= memory:
-        return "--refine 0 fits"
+        return "`refine=0` fits"
     for residency, size in plan["device_bytes_by_residency"].items():
         if size <= memory:
             return f"{_elsewhere(run, residency)} fits"
     other = find_fit(config, run, plan["devices"], memory, accelerator=accelerator)
     if other is not None:
-        return f"--mesh {other['run']['mesh']} {_elsewhere(run, other['run']['residency'])} fits"
-    return "more devices, or a smaller --samples or --memory-budget, are needed"
+        return f"`mesh={other['run']['mesh']}` {_elsewhere(run, other['run']['residency'])} fits"
+    return "more devices, or a smaller `samples` or `memory_budget`, are needed"
 
 
 def _elsewhere(run: Run, residency: str) -> str:
-    return f"--residency {residency}" + (" --refine 0" if run.refine and residency != "device" else "")
+    return f"`residency={residency}`" + (" `refine=0`" if run.refine and residency != "device" else "")

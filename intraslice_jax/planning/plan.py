@@ -64,7 +64,7 @@ def make_plan(
     if run.samples < 1 or not 2 <= run.sequence_length <= config.max_position_embeddings:
         raise InputError(
             f"{run.samples} windows of {run.sequence_length} tokens do not fit a context of "
-            f"{config.max_position_embeddings}; change --samples or --sequence-length"
+            f"{config.max_position_embeddings}; change `samples` or `sequence_length`"
         )
     sizes = mesh_sizes(run.mesh)
     mesh = None if sizes.devices == 1 else make_mesh(run.mesh, _cpu_devices(sizes.devices))

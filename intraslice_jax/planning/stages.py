@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from intraslice_jax.config import ModelConfig
+from intraslice_jax.config import LayerShape, ModelConfig
 from intraslice_jax.planning.devices import UTILISATION, Accelerator
 from intraslice_jax.planning.memory import MeshSizes, widest
 from intraslice_jax.planning.programs import Program
@@ -55,7 +56,7 @@ def stages(
     shape, small, hidden = config.layers[index], pruned.layers[index], config.hidden_size
     layers, wide = config.num_layers, dict.fromkeys(programs, 0.0)
     width, inner = shape.num_attention_heads * shape.v_head_dim, shape.intermediate_size
-    inputs, outputs = small.num_attention_heads * shape.v_head_dim, small.num_attention_heads * small.v_head_dim
+    inputs = small.num_attention_heads * shape.v_head_dim
     wide["head moments"] = programs["head moments"].flops
     wide["kept attention"] = 2 * tokens * (UPPER * (inputs**2 + width**2) + inputs * width) / mesh.model
     wide["MLP"] = 2 * tokens * UPPER * inner**2 / mesh.model
@@ -63,12 +64,7 @@ def stages(
     # Where the activations of the first pass were too many to keep, they are computed again for the second.
     flops = {name: layers * steps * count for name, count in passes.items()}
     flops["attention"] *= 1 if _mixed_fits(programs, steps, mesh, run) else 2
-    keep = small.intermediate_size
-    flops["solves"] = layers * (
-        _ridge_flops(outputs, width, hidden)
-        + 2 * outputs * inputs * (inputs + width)
-        + _ridge_flops(keep, inner, hidden)
-    )
+    flops["solves"] = layers * solve_flops(shape, small, hidden)
     narrow = 1.0 if rates is None else rates.wide if run.dtype == "float32" else rates.narrow
     seconds: dict[str, float] = {}
     if rates is not None:
@@ -90,6 +86,17 @@ def _mixed_fits(programs: Mapping[str, Program], steps: int, mesh: MeshSizes, ru
     return steps * programs["attention"].new_bytes * mesh.model <= run.memory_budget
 
 
+def solve_flops(shape: LayerShape, small: LayerShape, hidden: int) -> float:
+    """Of the two regressions of a layer, given its shape before and after."""
+    width = shape.num_attention_heads * shape.v_head_dim
+    inputs, outputs = small.num_attention_heads * shape.v_head_dim, small.num_attention_heads * small.v_head_dim
+    return (
+        _ridge_flops(outputs, width, hidden)
+        + 2 * outputs * inputs * (inputs + width)
+        + _ridge_flops(small.intermediate_size, shape.intermediate_size, hidden)
+    )
+
+
 def _ridge_flops(inputs: int, targets: int, hidden: int) -> float:
     """A Cholesky factorisation, its solve, the new projection, and the products of the output's error."""
     solve = inputs**3 / 3 + 2 * inputs**2 * targets
@@ -101,9 +108,9 @@ def measured_rate(size: int = 1024) -> float:
     a = jnp.ones((size, size), jnp.float32)
     product = jax.jit(lambda a: jnp.matmul(a, a, precision=jax.lax.Precision.HIGHEST))
     product(a).block_until_ready()
-    best = float("inf")
+    seconds = []
     for _ in range(5):
         started = time.perf_counter()
         product(a).block_until_ready()
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / statistics.median(seconds)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import ConfigDict, Field
 
@@ -45,12 +44,6 @@ class LayerRatios:
     heads: tuple[HeadWidths, ...] = ()
 
     __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> LayerRatios:
-        """Reads what `dataclasses.asdict` made, through JSON or not."""
-        heads = tuple(HeadWidths(**widths) for widths in data.get("heads", ()))
-        return cls(tuple(data["attention"]), tuple(data["mlp"]), heads)
 
     def sparsity(self, config: ModelConfig) -> float:
         """The fraction of the block parameters that these ratios ask for."""

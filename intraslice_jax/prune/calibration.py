@@ -446,7 +446,7 @@ def check_finite(layer: int, module: str, moments: Any) -> Any:
             first = tuple(int(i) for i in np.argwhere(~np.isfinite(np.asarray(array)))[0])
             raise RunError(
                 f"layer {layer}, {module}: {name} is not finite at {first}; the weights or activations overflow "
-                "(try --dtype float32)"
+                "(try `dtype=float32`)"
             )
     return moments
 

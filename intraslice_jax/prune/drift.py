@@ -36,7 +36,7 @@ def check_dense_targets(model: ModelConfig, samples: int, config: PruneConfig, m
     if not held_out:
         return
     if samples <= held_out:
-        raise InputError("dense_targets holds windows out and needs at least 2; raise --samples, or give 0")
+        raise InputError("dense_targets holds windows out and needs at least 2; raise `samples`, or give 0")
     widest = max(shape.intermediate_size for shape in model.layers)
     if mesh is not None and not fits_one_device(widest):
         raise InputError(

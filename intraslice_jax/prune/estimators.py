@@ -1,7 +1,7 @@
 """Estimators of how much each layer can lose, by name (docs/method.md section 4).
 
 A new estimator is one class, or one function, that follows `Estimator`; `ESTIMATORS[name] = MyEstimator()` makes it
-known to `--ratios name`.
+known to `ratios="name"`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
+from typing_extensions import TypedDict
 
 from intraslice_jax.calibrate.gradients import GroupGradients, OnBatch, group_gradients, head_grams
 from intraslice_jax.config import ModelConfig, PruneConfig
 from intraslice_jax.errors import InputError
-from intraslice_jax.io.reading import check, parse_json, read_bytes
+from intraslice_jax.io.reading import Index, check, parse_json, read_bytes
 from intraslice_jax.io.reading_yaml import read_yaml
 from intraslice_jax.model import LanguageModel
 from intraslice_jax.prune.allocation import UnitScores, allocate, allocate_evenly
@@ -373,6 +374,12 @@ def _check_shape(ratios: LayerRatios, model: ModelConfig, name: str) -> None:
                 raise InputError(f"{name}: {kind}[{i}] is {value:g}, expected a ratio between 0 and 1")
 
 
+class Summed(TypedDict):
+    """Facts of the sums of gradients: over how many sequences."""
+
+    sequences: Index
+
+
 class _Totals:
     """Sums of terms, an array per name and layer, and over how many sequences."""
 
@@ -384,7 +391,7 @@ class _Totals:
     def kept_in(cls, run_log: RunLog | None) -> _Totals:
         """Those of a run that was stopped, or empty ones."""
         totals = cls()
-        kept = None if run_log is None else run_log.get_arrays(GRADIENTS)
+        kept = None if run_log is None else run_log.get_arrays(GRADIENTS, Summed)
         if kept is not None:
             totals._arrays, totals.sequences = kept[0], kept[1]["sequences"]
         return totals

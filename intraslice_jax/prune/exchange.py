@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from intraslice_jax.prune.budget import HeadWidths
 
@@ -24,12 +23,6 @@ class Move:
     heads: HeadWidths | None
     parameters: int
     cost: float
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Move:
-        """Reads what `dataclasses.asdict` made, through JSON or not."""
-        heads = data["heads"]
-        return cls(**{**data, "heads": None if heads is None else HeadWidths(**heads)})
 
     @property
     def price(self) -> float:

@@ -59,7 +59,7 @@ def fuse_mlp_on_mesh(
     )
     if not np.isfinite(small).all():
         raise RunError(
-            "the MLP's Gram matrix is not positive definite to float32; raise --damping, or calibrate with more text"
+            "the MLP's Gram matrix is not positive definite to float32; raise `damping`, or calibrate with more text"
         )
     new = {name: array[..., kept] for name, array in arrays.items() if not name.startswith("down")}
     new["down_proj"] = jnp.asarray(small[kept])

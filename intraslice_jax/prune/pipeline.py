@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,14 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
+from typing_extensions import TypedDict
 
-from intraslice_jax.calibrate.gradients import token_gradients
+from intraslice_jax.calibrate.gradients import OnBatch, token_gradients
 from intraslice_jax.calibrate.lanes import lanes
 from intraslice_jax.calibrate.token_weights import token_weights
 from intraslice_jax.config import LayerShape, ModelConfig, PruneConfig
 from intraslice_jax.environment import StageClock
 from intraslice_jax.errors import InputError
 from intraslice_jax.io.memory import return_freed_blocks
+from intraslice_jax.io.reading import Finite
 from intraslice_jax.model import LanguageModel, on_mesh
 from intraslice_jax.models.decoder import Decoder, block_from_arrays, decoder_from_arrays, decoder_to_arrays
 from intraslice_jax.models.streamed import LayeredArrays, StreamedDecoder
@@ -50,6 +53,9 @@ from intraslice_jax.prune.resume import RunLog
 from intraslice_jax.prune.shapes import layer_changes
 from intraslice_jax.prune.uniform import UniformLayout, plan_uniform_layout, unlike
 
+OnStage = Callable[[str, int, int], None]
+"""Told the stage, its steps done and their number."""
+
 TOKEN_GRADIENTS = "token_gradients"
 """What a run's log calls their squared norms."""
 
@@ -71,12 +77,25 @@ class LayerRecord:
     seconds: float
 
 
+class LayerFacts(TypedDict):
+    """What a log keeps of a layer beside its arrays."""
+
+    shape: LayerShape
+    record: LayerRecord
+
+
+class StreamFacts(TypedDict):
+    """What a log keeps beside the stream behind a layer: `Ledger.owed`."""
+
+    owed: Finite
+
+
 def prune_model(
     model: LanguageModel,
     windows: Int[np.ndarray, "samples seq"],
     config: PruneConfig,
     on_layer: Callable[[LayerRecord], None] | None = None,
-    on_batch: Callable[[int, int], None] | None = None,
+    on_stage: OnStage | None = None,
     ratios: LayerRatios | None = None,
     mesh: Mesh | None = None,
     run_log: RunLog | None = None,
@@ -88,8 +107,8 @@ def prune_model(
         windows: int32 calibration tokens.
         config: how much and how.
         on_layer: called after each layer with its record.
-        on_batch: called while the ratios are estimated, the loss gradients at the tokens are taken and the pruned
-            model is refined, with the sequences done and their number.
+        on_stage: called with the name of a stage (`ratios`, `token gradients`, `layers`, `refinement`), its steps done
+            and their number: when the stage is taken up, with what an earlier run did of it, and after each step.
         ratios: given, they are used instead of what `config.ratios` estimates.
         mesh: to spread the work over (`intraslice_jax.parallel.mesh`); None leaves the model on the device or the
             mesh that it is on.
@@ -120,7 +139,7 @@ def prune_model(
     if config.output_biases:
         model = on_mesh(with_output_biases(model), mesh)
     with jax.default_matmul_precision("highest"):
-        ratios = ratios or _ratios(model, windows, config, on_batch, run_log)
+        ratios = ratios or _ratios(model, windows, config, _told(on_stage, "ratios"), run_log)
         clock.finish("ratios")
         if ratios.heads:
             if not isinstance(method, IntraSlice):
@@ -130,7 +149,7 @@ def prune_model(
         held_out = held_out_windows(samples, config)
         # A batch is either held out or not.
         batch = batch_size(model.config, (math.gcd(samples, held_out), seq), config, ways(mesh), lanes(mesh))
-        weights = _token_weights(model, windows, config, on_batch, run_log)
+        weights = _token_weights(model, windows, config, _told(on_stage, "token gradients"), run_log)
         if weights is not None:
             clock.finish("token gradients")
         layout = None
@@ -138,14 +157,16 @@ def prune_model(
             layout = _layout(model, ResidualStream.start(model, windows, batch, weights), ratios, config, run_log)
             method = IntraSlice(layout)
         stream = ResidualStream.start(model, windows, batch, weights, held_out)
-        blocks, records = _prune_layers(model, stream, method, ratios, config, on_layer, layout, run_log)
+        watch = _Watch(on_layer, _told(on_stage, "layers"))
+        blocks, records = _prune_layers(model, stream, method, ratios, config, watch, layout, run_log)
     pruned = model.config.with_layers(tuple(block.shape for block in blocks))
     decoder = _assembled(model.decoder, pruned, [block.arrays for block in blocks], mesh)
     clock.finish("layers")
     refinement = {}
     if config.refine and pruned != dense:
         with jax.default_matmul_precision("highest"):
-            decoder, refinement = refine(model, decoder, windows, RefineSettings(config.refine), on_batch, run_log)
+            told = _told(on_stage, "refinement")
+            decoder, refinement = refine(model, decoder, windows, RefineSettings(config.refine), told, run_log)
         clock.finish("refinement")
     report = {
         "sparsity": ratios.sparsity(dense) if isinstance(estimator, FromFile) else config.target_sparsity,
@@ -167,6 +188,17 @@ def prune_model(
     return dataclasses.replace(model, config=pruned, decoder=decoder, report=report)
 
 
+class _Watch(NamedTuple):
+    """Who is told about the layers."""
+
+    on_layer: Callable[[LayerRecord], None] | None
+    on_batch: OnBatch | None
+
+
+def _told(on_stage: OnStage | None, stage: str) -> OnBatch | None:
+    return None if on_stage is None else functools.partial(on_stage, stage)
+
+
 class PrunedBlock(NamedTuple):
     """A layer's new arrays and shape; the arrays are NumPy's where layers are streamed."""
 
@@ -178,12 +210,12 @@ def _ratios(
     model: LanguageModel,
     windows: np.ndarray,
     config: PruneConfig,
-    on_batch: Callable[[int, int], None] | None,
+    on_batch: OnBatch | None,
     run_log: RunLog | None,
 ) -> LayerRatios:
     """Those that the log holds; else estimates them, and keeps them there if that took a pass over the text."""
-    if run_log is not None and (kept := run_log.get("ratios")) is not None:
-        return LayerRatios.from_json(kept)
+    if run_log is not None and (kept := run_log.get("ratios", LayerRatios)) is not None:
+        return kept
     found = estimate_ratios(model, windows, config, on_batch, run_log)
     if run_log is not None and not isinstance(find_estimator(config.ratios), Uniform | FromFile):
         run_log.put("ratios", dataclasses.asdict(found))
@@ -194,7 +226,7 @@ def _token_weights(
     model: LanguageModel,
     windows: np.ndarray,
     config: PruneConfig,
-    on_batch: Callable[[int, int], None] | None,
+    on_batch: OnBatch | None,
     run_log: RunLog | None,
 ) -> np.ndarray | None:
     """How much every token counts in each layer's moments, by gradients of the log or new ones that are kept there.
@@ -203,7 +235,7 @@ def _token_weights(
     """
     if config.loss_weight == 0 or config.method != PruneConfig.method:
         return None
-    kept = None if run_log is None else run_log.get_arrays(TOKEN_GRADIENTS)
+    kept = None if run_log is None else run_log.get_arrays(TOKEN_GRADIENTS, dict[str, Any])
     if kept is not None:
         return token_weights(kept[0]["squares"], config.loss_weight)
     found = token_gradients(
@@ -218,8 +250,8 @@ def _layout(
     model: LanguageModel, stream: ResidualStream, ratios: LayerRatios, config: PruneConfig, run_log: RunLog | None
 ) -> UniformLayout:
     """That of the log, or a new one that is kept there."""
-    if run_log is not None and (kept := run_log.get("layout")) is not None:
-        return UniformLayout(**{**kept, "pairs": tuple(kept["pairs"])})
+    if run_log is not None and (kept := run_log.get("layout", UniformLayout)) is not None:
+        return kept
     found = plan_uniform_layout(model, stream, ratios, config)
     if run_log is not None:
         run_log.put("layout", dataclasses.asdict(found))
@@ -242,7 +274,7 @@ def _prune_layers(
     method: PruningMethod,
     ratios: LayerRatios,
     config: PruneConfig,
-    on_layer: Callable[[LayerRecord], None] | None,
+    watch: _Watch,
     layout: UniformLayout | None,
     run_log: RunLog | None,
 ) -> tuple[list[PrunedBlock], list[LayerRecord]]:
@@ -253,7 +285,10 @@ def _prune_layers(
     programs = ShapePrograms()
     if run_log is not None and run_log.layers_done:
         blocks, records = _finished(run_log, stream, ledger, streamed)
-    for i in range(len(blocks), model.config.num_layers):
+    count = model.config.num_layers
+    if watch.on_batch is not None:
+        watch.on_batch(len(blocks), count)
+    for i in range(len(blocks), count):
         started = time.monotonic()
         if streamed:
             return_freed_blocks()  # of the layer before, or of what estimated the ratios
@@ -310,14 +345,16 @@ def _prune_layers(
         # What calibrated a layer must not outlive it.
         del block, small, arrays, attention, calibration, mlp
         programs.done(model.config.layers[i], shape)
-        if on_layer is not None:
-            on_layer(record)
+        if watch.on_batch is not None:
+            watch.on_batch(i + 1, count)
+        if watch.on_layer is not None:
+            watch.on_layer(record)
     if layout is None:
         ledger.check()  # a layout was checked as a whole
     if run_log is not None:
         run_log.flush()
         if streamed:
-            blocks = [PrunedBlock(run_log.layer(i)[0], block.shape) for i, block in enumerate(blocks)]
+            blocks = [PrunedBlock(run_log.layer(i, LayerFacts)[0], block.shape) for i, block in enumerate(blocks)]
     return blocks, records
 
 
@@ -335,7 +372,7 @@ def _finished(
     blocks: list[PrunedBlock] = []
     records: list[LayerRecord] = []
     for i in range(run_log.layers_done):
-        arrays, facts = run_log.layer(i)
+        arrays, facts = run_log.layer(i, LayerFacts)
         if not streamed:
             whole = {name: arrays[name] for name in arrays}
             mesh = stream.mesh
@@ -344,10 +381,10 @@ def _finished(
                 if mesh is None
                 else put_weights(whole, mesh, RULES.in_use(), quiet=True)
             )
-        blocks.append(PrunedBlock(arrays, LayerShape.from_json(facts["shape"])))
-        records.append(LayerRecord(**{**facts["record"], "kept_heads": tuple(facts["record"]["kept_heads"])}))
+        blocks.append(PrunedBlock(arrays, facts["shape"]))
+        records.append(facts["record"])
     more = run_log.layers_done < len(ledger)
-    both, facts = run_log.stream(_streams(stream) if more else [])
+    both, facts = run_log.stream(_streams(stream) if more else [], StreamFacts)
     if stream.dense is not None:
         stream.dense.batches = both[len(stream.batches) :]
     stream.batches = both[: len(stream.batches)]
@@ -366,7 +403,7 @@ def _check_windows(model: LanguageModel, windows: np.ndarray) -> None:
         raise InputError(f"calibration needs at least one window of two tokens, found {samples} of {seq}")
     if samples < jax.process_count():
         raise InputError(
-            f"{jax.process_count()} processes cannot share {samples} calibration windows; raise --samples to at least "
+            f"{jax.process_count()} processes cannot share {samples} calibration windows; raise `samples` to at least "
             f"{jax.process_count()}, or start fewer processes"
         )
     if seq > model.config.max_position_embeddings:

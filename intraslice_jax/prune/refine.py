@@ -154,11 +154,10 @@ class _Keeper:
 
     def take_up(self, layers: Sequence[_Layer]) -> _Progress | None:
         """Brings the layers to where they were when the state was kept; None if there is none."""
-        kept = None if self._log is None else self._log.get_state(STATE)
+        kept = None if self._log is None else self._log.get_state(STATE, _Progress)
         if kept is None:
             return None
-        arrays, facts = kept
-        progress = _Progress(**facts)
+        arrays, progress = kept
         for i, layer in enumerate(layers):  # one at a time: the devices have room for one state only
             prefix = f"{i}."
             wanted = {prefix + k: jax.ShapeDtypeStruct(a.shape, a.dtype) for k, a in layer.learned.items()}
@@ -201,7 +200,7 @@ def refine(
         decoder: the pruned one, on the same devices.
         windows: int32 calibration tokens; the last eighth is held out.
         settings: how far.
-        on_batch: told the windows done and their number, over all passes.
+        on_batch: told the windows done and their number, over all passes, before the first step and after each.
         run_log: keeps what is learned now and then; what it holds already is not learned again.
 
     Returns:
@@ -220,6 +219,8 @@ def refine(
     order = _order(settings, len(train))
     count = len(windows) - held_out
     done = sum(train[number].real for number in order[: progress.steps])
+    if on_batch is not None:
+        on_batch(done, settings.passes * count)
     for number in order[progress.steps :]:
         progress.sums.append(_step(decoder, layers, train[number], rope, settings, steps))
         progress.steps += 1
@@ -288,8 +289,11 @@ def _step(
     (cotangent,) = pullback(jnp.where(counts[:, None, None], gradient / (batch.real * x.shape[1]), 0).astype(x.dtype))
     for layer in reversed(layers):
         gradients, cotangent = _backward(layer.whole, boundaries.pop(), rope, cotangent)
-        # Back to where the weights lie, before anything of their size is made of them.
-        gradients = {name: jax.device_put(g, layer.weights[name].sharding) for name, g in gradients.items()}
+        # Back to where the weights lie, before anything of their size is made of them. What lies there stays as it is:
+        # put there explicitly, it would make the next step compile every program again.
+        for name, weight in layer.weights.items():
+            if gradients[name].sharding != weight.sharding:
+                gradients[name] = jax.device_put(gradients[name], weight.sharding)
         layer.weights, layer.state = _update(settings, steps, layer.weights, layer.state, layer.sizes, gradients)
     return float(to_host(kl)[: batch.real].mean(1, dtype=np.float64).sum())
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Array
+
+from intraslice_jax.io.reading import Schema
+
+T = TypeVar("T")
 
 
 class Resumable(abc.ABC):
@@ -25,7 +29,8 @@ class Resumable(abc.ABC):
 class RunLog(Protocol):
     """Keeps the finished layers, the residual stream behind the last of them, and small facts.
 
-    Facts are JSON-serialisable. With several processes all of them make the same calls.
+    Facts are JSON-serialisable, and checked against a schema (`io.reading`) when they come back. With several
+    processes all of them make the same calls.
     """
 
     @property
@@ -33,7 +38,7 @@ class RunLog(Protocol):
         """How many layers were finished when this run began; it goes on with the next."""
         ...
 
-    def get(self, name: str) -> Any:
+    def get(self, name: str, schema: Schema[T]) -> T | None:
         """The fact of that name, None if there is none."""
         ...
 
@@ -41,7 +46,7 @@ class RunLog(Protocol):
         """Keeps a fact."""
         ...
 
-    def get_arrays(self, name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+    def get_arrays(self, name: str, schema: Schema[T]) -> tuple[dict[str, np.ndarray], T] | None:
         """The latest arrays of that name and their facts, None if there are none."""
         ...
 
@@ -53,7 +58,7 @@ class RunLog(Protocol):
         """Forgets them."""
         ...
 
-    def get_state(self, name: str) -> tuple[Mapping[str, np.ndarray], dict[str, Any]] | None:
+    def get_state(self, name: str, schema: Schema[T]) -> tuple[Mapping[str, np.ndarray], T] | None:
         """The latest state of that name: arrays, each read when it is asked for, and facts; None if there is none."""
         ...
 
@@ -64,11 +69,11 @@ class RunLog(Protocol):
         """
         ...
 
-    def layer(self, index: int) -> tuple[Mapping[str, np.ndarray], dict[str, Any]]:
+    def layer(self, index: int, schema: Schema[T]) -> tuple[Mapping[str, np.ndarray], T]:
         """A finished layer: arrays by name, each read when it is asked for, and facts."""
         ...
 
-    def stream(self, like: Sequence[Array]) -> tuple[list[Array], dict[str, Any]]:
+    def stream(self, like: Sequence[Array], schema: Schema[T]) -> tuple[list[Array], T]:
         """The stream behind the last finished layer, with the shapes and on the devices of `like`, and facts."""
         ...
 

@@ -39,6 +39,9 @@ WIDTH_STEPS = 8
 CHANNEL_STEPS = 16
 """Into how many steps the channels of an MLP are cut."""
 
+LAYER_STEPS = 8
+"""In how many ways a round changes a layer: one step down and one up of each of its four widths."""
+
 SHARES = (1.0, 0.5)
 """Which parts of an exchange are tried: measured one by one, steps cost more together."""
 
@@ -74,7 +77,12 @@ class Search(Resumable):
             return allocate_evenly(model.config, config)
         state = _State.kept_in(run_log)
         if state is None:
-            state = _State(0, KLSensitivity().resumed(model, windows, config, on_batch, run_log), [])
+            told = (
+                None
+                if on_batch is None
+                else lambda done, _: on_batch(done, _modules(model.config, config.search_rounds))
+            )
+            state = _State(0, KLSensitivity().resumed(model, windows, config, told, run_log), [])
         candidates = _Candidates(model, windows, config)
         best, clock = candidates.prune(state.ratios), _Clock(config.search_seconds)
         for number in range(state.round, config.search_rounds):
@@ -107,7 +115,9 @@ class Search(Resumable):
         """All steps of all layers measured one by one, or of as many layers as the time allows."""
         dense, now, config = model.config, best.pruned.config.layers, candidates.config
         tail = Tail.start(model, candidates.held_out, best.blocks)
-        first = len(state.moves)
+        first, every = len(state.moves), _modules(dense, config.search_rounds)
+        if on_batch is not None:
+            on_batch(_modules(dense, state.round) + LAYER_STEPS * first, every)
         found = variants(
             model, candidates.train, config, lambda i: steps(now[i], dense.layers[i], config), first, best.blocks
         )
@@ -124,11 +134,15 @@ class Search(Resumable):
             state.moves.append(measured)
             state.keep_in(run_log)
             if on_batch is not None:
-                done = state.round * dense.num_layers + layer + 1
-                on_batch(done, config.search_rounds * dense.num_layers)
+                on_batch(_modules(dense, state.round) + LAYER_STEPS * (layer + 1), every)
             if clock.is_over():
                 break
         return state.moves
+
+
+def _modules(dense: ModelConfig, rounds: int) -> int:
+    """How many are pruned alone: each of the two of a layer before the first round, then steps of widths."""
+    return dense.num_layers * (2 + rounds * LAYER_STEPS)
 
 
 @dataclass(frozen=True)
@@ -240,11 +254,7 @@ class _State:
     @classmethod
     def kept_in(cls, run_log: RunLog | None) -> _State | None:
         """That of a run that was stopped."""
-        kept = None if run_log is None else run_log.get(STATE)
-        if kept is None:
-            return None
-        moves = [[Move.from_json(move) for move in layer] for layer in kept["moves"]]
-        return cls(kept["round"], LayerRatios.from_json(kept["ratios"]), moves)
+        return None if run_log is None else run_log.get(STATE, cls)
 
     def keep_in(self, run_log: RunLog | None) -> None:
         """For a run that goes on later."""

@@ -70,16 +70,18 @@ def divergences(
         windows: int32 calibration tokens. The last ones are held out for the divergence, unless there is but one.
         config: the method.
         ratios: at which each module is pruned.
-        on_batch: told the measurements done and their number.
+        on_batch: told the measurements done and their number, before the first and after each.
         run_log: keeps what was measured, layer by layer.
     """
     train, held_out = split_windows(windows)
     tail = Tail.start(model, held_out)
     costs = np.zeros((2, model.config.num_layers, len(ratios)))
-    measured = [] if run_log is None else run_log.get(MEASURED) or []
+    measured = [] if run_log is None else run_log.get(MEASURED, list[tuple[list[float], list[float]]]) or []
     for layer, found in enumerate(measured):
         costs[:, layer] = found
     first = len(measured)
+    if on_batch is not None:
+        on_batch(first * 2 * len(ratios), costs.size)
 
     def trials(layer: int) -> Trials:
         inner = model.config.layers[layer].intermediate_size
@@ -91,7 +93,7 @@ def divergences(
         tail.advance_to(variant.layer)
         costs[variant.kind, variant.layer, variant.number] = tail.divergence(variant.block)
         if run_log is not None and (variant.kind, variant.number) == (1, len(ratios) - 1):
-            measured.append(costs[:, variant.layer].tolist())
+            measured.append(tuple(costs[:, variant.layer].tolist()))
             run_log.put(MEASURED, measured)
         if on_batch is not None:
             on_batch(done, costs.size)

@@ -76,7 +76,8 @@ def _ratios(report: Mapping[str, Any]) -> Figure:
         if "ratios" in report:
             axes.plot(100 * np.asarray(report["ratios"][module]), color=colour, linestyle=":", alpha=0.8)
     axes.plot([], [], color=GREY, linestyle=":", label="asked")
-    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    axes.update_datalim([(0.0, 0.0)])  # so that zero is shown, with the usual margins around the curves
+    axes.autoscale_view()
     axes.legend(fontsize=8)
     return figure
 
@@ -123,17 +124,17 @@ def _spectra(report: Mapping[str, Any]) -> Figure | None:
     image = np.full((len(report["layers"]), widest), np.nan)
     for layer, shares in spectra.items():
         image[layer, : shares.shape[1]] = np.log10(np.maximum(shares.mean(0), LEAST_SHARE))
-    figure = _figure(min(6.5, 1.6 + 0.09 * len(image)))
+    figure = _figure(min(6.5, 2.2 + 0.09 * len(image)))
     axes = figure.subplots()
     colours = axes.imshow(image, aspect="auto", cmap="viridis", interpolation="nearest", extent=_extent(image))
     cuts = [layer["v_head_dim"] if layer["layer"] in spectra else np.nan for layer in report["layers"]]
     edges = np.arange(len(cuts) + 1) - 0.5
     ends = np.stack([edges[:-1], edges[1:]], 1).ravel()  # the upper and the lower edge of each row
-    axes.plot(np.repeat(cuts, 2), ends, color=CUT, linewidth=1.5, label="kept up to here")
-    axes.legend(fontsize=8, loc="lower left")
+    axes.plot(np.repeat(cuts, 2), ends, color=CUT, linewidth=1.5)
+    axes.yaxis.get_major_locator().set_params(integer=True)  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
     axes.set_xlabel("principal component of the values")
     axes.set_ylabel("layer")
-    figure.colorbar(colours, ax=axes, label="share of the energy, log10")
+    figure.colorbar(colours, ax=axes, label="log10 of the share")
     return figure
 
 

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from intraslice_jax.errors import InputError
+from intraslice_jax.io.reading import parse_json, read_bytes
+from intraslice_jax.report.schema import Evaluation, TaskScores, check_evaluation, check_report
 
 log = logging.getLogger(__name__)
 
-REQUIRED = ("layers", "dense_layers", "removed_by_layer", "removed_block_fraction", "block_parameters", "stages")
+REQUIRED = (
+    "layers", "dense_layers", "removed_by_layer", "removed_block_fraction", "removed_model_fraction",
+    "block_parameters", "total_parameters", "stages",
+)  # fmt: skip
+"""Without these a report is not of a pruning run."""
+
+EVALUATION, MEASURED = {"parameters", "block_parameters", "settings"}, {"perplexity", "tasks"}
+"""A JSON file with all of the first and one of the second is a result of `eval`."""
 
 
 @dataclass
@@ -57,7 +65,7 @@ class Run:
 
     Attributes:
         name: of the folder.
-        report: what the run recorded.
+        report: what the run recorded, checked against `schema.Report`, with the keys of `REQUIRED`.
         perplexities: from the run itself and from what `eval` wrote into the folder.
         tasks: likewise.
     """
@@ -74,75 +82,70 @@ def read_run(folder: str | Path) -> Run:
     Which of the two models a result belongs to is told by the number of parameters.
 
     Raises:
-        InputError: the folder is no run.
+        InputError: the folder is no run, or one of these files is damaged.
     """
     folder = Path(folder)
     report = _report(folder)
-    found = Run(folder.resolve().name, report)
+    texts, tasks = [], []
     for text, values in report.get("texts", {}).items():
-        found.perplexities.append(
-            Perplexity(
-                text,
-                values["sequence_length"],
-                values["evaluated_tokens"],
-                values["text_sha256"],
-                values["dense_perplexity"],
-                values["pruned_perplexity"],
-            )
-        )
+        counts = values["sequence_length"], values["evaluated_tokens"]
+        perplexities = values["dense_perplexity"], values["pruned_perplexity"]
+        texts.append(Perplexity(text, *counts, values["text_sha256"], *perplexities))
     for path in sorted(folder.glob("*.json")):
         results = _evaluation(path)
-        if not results:
+        if results is None:
             continue
         which = _which(report, results)
         if which is None:
             log.warning("%s: left out, it measures neither the dense nor the pruned model of this run", path)
             continue
         if "perplexity" in results:
-            setattr(_perplexity(found.perplexities, results), which, results["perplexity"])
-        _add_tasks(found.tasks, results.get("tasks", []), which)
-    return found
+            setattr(_perplexity(texts, results), which, results["perplexity"])
+        _add_tasks(tasks, results.get("tasks", []), which)
+    return Run(folder.resolve().name, report, texts, tasks)
 
 
-def _report(folder: Path) -> dict[str, Any]:
+def _report(folder: Path) -> Mapping[str, Any]:
     expected = "give a folder that `intraslice prune` wrote"
-    if not folder.is_dir():
-        raise InputError(f"{folder} {'is a file' if folder.is_file() else 'does not exist'}; {expected}")
     path = folder / "report.json"
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        found = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
-        raise InputError(f"{folder} is no run: it has no report.json (it holds {found}); {expected}") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({' '.join(str(error).split())}); {expected}") from error
+        if not folder.is_dir():
+            raise InputError(f"{folder} {'is a file' if folder.is_file() else 'does not exist'}; {expected}")
+        if not path.exists():
+            found = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
+            raise InputError(f"{folder} is no run: it has no report.json (it holds {found}); {expected}")
+    except OSError as error:  # a name too long, a folder of somebody else
+        raise InputError(f"{folder} cannot be read: {error.strerror}; {expected}") from error
+    report = parse_json(read_bytes(path, expected), str(path), expected)
     missing = [name for name in REQUIRED if not isinstance(report, dict) or name not in report]
     if missing:
         raise InputError(f"{folder} is no pruning run: its report.json has no {missing[0]!r}; {expected}")
-    return report
+    return check_report(report, path)
 
 
-def _evaluation(path: Path) -> dict[str, Any]:
-    """What `eval` wrote, {} for any other file."""
+def _evaluation(path: Path) -> Evaluation | None:
+    """What `eval` wrote, None for any other file."""
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    is_evaluation = isinstance(results, dict) and {"parameters", "block_parameters", "settings"} <= results.keys()
-    return results if is_evaluation and isinstance(results["block_parameters"], int) else {}
+        results = parse_json(read_bytes(path), str(path))
+    except InputError:
+        return None  # whatever it is, `eval` did not write it: its files appear only when complete
+    ours = isinstance(results, dict) and results.keys() >= EVALUATION and not results.keys().isdisjoint(MEASURED)
+    return check_evaluation(results, path) if ours else None
 
 
-def _which(report: Mapping[str, Any], results: Mapping[str, Any]) -> str | None:
+def _which(report: Mapping[str, Any], results: Evaluation) -> str | None:
     """`dense` or `pruned`, by the number of parameters; None for another model."""
     for which in ("dense", "pruned"):
         counts = report["block_parameters"][which], report["total_parameters"][which]
-        if (results.get("block_parameters"), results.get("parameters")) == counts:
+        if (results["block_parameters"], results["parameters"]) == counts:
             return which
     return None
 
 
 def _perplexity(known: list[Perplexity], results: Mapping[str, Any]) -> Perplexity:
-    new = Perplexity(results["text"], results["sequence_length"], results["evaluated_tokens"], results["text_sha256"])
+    hashed = results["text_sha256"]
+    name = results.get("text", f"text {hashed[:8]}")  # early versions did not note the name
+    new = Perplexity(name, results["sequence_length"], results["evaluated_tokens"], hashed)
     for perplexity in known:
         if perplexity.key == new.key:
             return perplexity
@@ -150,7 +153,7 @@ def _perplexity(known: list[Perplexity], results: Mapping[str, Any]) -> Perplexi
     return new
 
 
-def _add_tasks(known: list[TaskScore], results: list[dict[str, Any]], which: str) -> None:
+def _add_tasks(known: list[TaskScore], results: Sequence[TaskScores], which: str) -> None:
     for result in results:
         for metric, value in result["metrics"].items():
             score = next((s for s in known if (s.task, s.metric) == (result["task"], metric)), None)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from intraslice_jax.commands._output import gibibytes, number, percent
 from intraslice_jax.progress import duration
 from intraslice_jax.report import page
-from intraslice_jax.report.run import Run, TaskScore, read_run
+from intraslice_jax.report.run import Perplexity, Run, TaskScore, read_run
 from intraslice_jax.report.write import draw, write_page
 
 CAPTIONS = {
     "ratios": "What each layer lost of its attention and MLP parameters; dotted: what was asked of its channels.",
     "heads": "Which query heads stayed.",
-    "spectra": "Spectrum of the values in each layer, mean over its KV heads, and where it was cut.",
+    "spectra": "Share of each principal component in the energy of a layer's values, mean over its KV heads; "
+    "red: the cut.",
     "spectra-by-layer": "The same for some layers, KV head by KV head.",
     "errors": "Error that each module's output has on the calibration text, relative to its energy.",
     "time": "Seconds that each layer took; the first of each shape are compiled.",
@@ -51,6 +53,8 @@ def run_page(run: Run, images: Mapping[str, bytes]) -> str:
         parts += [page.heading("Perplexity"), page.table(perplexity_rows(run))]
     if run.tasks:
         parts += [page.heading("Tasks"), page.table(task_rows(run.tasks))]
+    if report.get("samples"):
+        parts += [page.heading("Sample texts"), page.table(sample_rows(report["samples"]), prose=True)]
     parts += [page.heading("Layers"), page.pictures(images, CAPTIONS)]
     parts += [page.folded("Every layer in numbers", page.table(_layer_rows(report)))]
     parts += [page.heading("Time and memory"), page.table(_stage_rows(report))]
@@ -58,18 +62,40 @@ def run_page(run: Run, images: Mapping[str, bytes]) -> str:
         parts += [page.heading("The same again"), page.code(report["command"])]
     settings = json.dumps(report.get("settings", {}), indent=2)
     parts += [page.folded("All settings", page.code(settings))]
-    parts += [page.folded("Versions", page.table([["", "version"], *map(list, report.get("versions", {}).items())]))]
+    parts += [
+        page.folded("Versions", page.table([["library", "version"], *map(list, report.get("versions", {}).items())]))
+    ]
     return page.page(title, parts)
 
 
 def perplexity_rows(run: Run) -> list[list[str]]:
     """A line per text."""
-    rows = [["text", "length", "tokens", "dense", "pruned", ""]]
+    rows = [["text", "length", "tokens", "dense", "pruned", "change"]]
     for found in run.perplexities:
-        dense, pruned = ("-" if value is None else f"{value:.3f}" for value in (found.dense, found.pruned))
-        times = f"x {found.pruned / found.dense:.3f}" if found.dense and found.pruned else ""
-        rows.append([found.text, number(found.sequence_length), number(found.evaluated_tokens), dense, pruned, times])
+        counts = number(found.sequence_length), number(found.evaluated_tokens)
+        rows.append(
+            [found.text, *counts, perplexity_number(found.dense), perplexity_number(found.pruned), times(found)]
+        )
     return rows
+
+
+def perplexity_number(value: float | None) -> str:
+    """A perplexity; that of a ruined model in a few digits."""
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if value < 1e6 else f"{value:.3g}"
+
+
+def times(found: Perplexity) -> str:
+    """By what a perplexity was multiplied."""
+    if found.dense is None or found.pruned is None or math.isinf(found.dense):
+        return "-"
+    return f"x {perplexity_number(found.pruned / found.dense)}"
+
+
+def sample_rows(samples: Sequence[Mapping[str, str]]) -> list[list[str]]:
+    """A line per prompt."""
+    return [["prompt", "dense", "pruned"], *([s["prompt"], s["dense"], s["pruned"]] for s in samples)]
 
 
 def task_rows(tasks: list[TaskScore]) -> list[list[str]]:
@@ -99,6 +125,8 @@ def _calibration(report: Mapping[str, Any]) -> str:
 def _refinement(notes: Mapping[str, Any]) -> str:
     if not notes.get("accepted"):
         return "Nothing was retrained."
+    if "held_out_divergence" not in notes:
+        return "Then learned further on the same windows, towards the dense model's predictions."
     found = notes["held_out_divergence"]
     return (
         "Then learned further on the same windows, towards the dense model's predictions: on held-out ones the "
@@ -117,7 +145,7 @@ def _cards(run: Run) -> dict[str, str]:
     }
     for found in run.perplexities[:1]:
         if found.dense is not None and found.pruned is not None:
-            facts[f"perplexity, {found.text}"] = f"{found.dense:.2f} → {found.pruned:.2f}"
+            facts[f"perplexity, {found.text}"] = f"{perplexity_number(found.dense)} → {perplexity_number(found.pruned)}"
     if "seconds" in report:
         facts["time"] = duration(report["seconds"])
     if "peak_rss_bytes" in report:

@@ -78,8 +78,13 @@ def make(flavour: str, seed: int = 0, **changes: Any) -> LanguageModel:
 
 
 def with_random_weights(config: ModelConfig, seed: int = 0, identity_pairs: bool = False) -> LanguageModel:
-    """Weights whose logits are of the order of 1."""
-    rng = np.random.default_rng(seed)
+    """A model whose logits are of the order of 1."""
+    arrays = random_arrays(config, np.random.default_rng(seed), identity_pairs)
+    return LanguageModel(config, decoder_from_arrays(config, arrays), None, f"tiny {config.model_type}")
+
+
+def random_arrays(config: ModelConfig, rng: np.random.Generator, identity_pairs: bool = False) -> dict[str, np.ndarray]:
+    """Weights by path."""
     arrays = {}
     for name, want in abstract_arrays(config).items():
         if name.endswith("rope_pairs"):
@@ -96,7 +101,7 @@ def with_random_weights(config: ModelConfig, seed: int = 0, identity_pairs: bool
                 fan_in = config.hidden_size if not name.endswith(("o_proj", "down_proj")) else want.shape[0] * 2
                 values = 1.5 * values / np.sqrt(fan_in)
             arrays[name] = values.astype(np.float32)
-    return LanguageModel(config, decoder_from_arrays(config, arrays), None, f"tiny {config.model_type}")
+    return arrays
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Tiny GGUF files written as llama.cpp's conversion script writes them."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,13 @@ def write_gguf(
     extra: dict[str, np.ndarray] | None = None,
     metadata: dict[str, Any] | None = None,
     fuse: bool = False,
+    without: Collection[str] = (),
 ) -> Path:
-    """Writes the model; `metadata` is added behind the architecture's prefix, `extra` holds further tensors."""
+    """Writes the model.
+
+    `metadata` is added behind the architecture's prefix, `extra` holds further tensors, `without` names some to leave
+    out.
+    """
     config = model.config
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -90,6 +96,8 @@ def write_gguf(
             parts = [stored.pop(name.replace("attn_q", f"attn_{p}")) for p in "qkv"]
             stored[name.replace("attn_q", "attn_qkv")] = np.concatenate(parts)
     for name, array in stored.items():
+        if name in without:
+            continue
         if quantise is not None and array.ndim == 2:
             writer.add_tensor(name, gguf.quantize(array, quantise), raw_dtype=quantise)
         else:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import re
+import shutil
 import tracemalloc
 
 import jax
@@ -21,8 +22,10 @@ from intraslice_jax.convert import load
 from intraslice_jax.convert.export import export
 from intraslice_jax.convert.families import FAMILIES
 from intraslice_jax.convert.modeling_intraslice import CACHE
+from intraslice_jax.convert.pruned_config import pruned_config
 from intraslice_jax.convert.shards import parse_size
 from intraslice_jax.convert.tokenizer import tokenizer_from_folder
+from intraslice_jax.convert.tokenizer_writing import save_tokenizer
 from intraslice_jax.errors import InputError
 from intraslice_jax.models.decoder import decoder_from_arrays, decoder_to_arrays
 from tests.convert.exported import (
@@ -38,6 +41,7 @@ from tests.convert.exported import (
     torch_logits,
     with_random_weights,
 )
+from tests.convert.test_gguf_export import byte_level, sentencepiece
 from tests.tiny import tiny_config, write_tiny_llama, write_tokenizer
 
 CLOSE = 1e-4
@@ -211,7 +215,12 @@ def test_kernels_of_one_width_get_it(folder, logits_of):
 def test_config_describes_the_model(folder):
     path = folder("llama")
     raw = json.loads((path / "config.json").read_text())
-    assert ModelConfig.from_json(raw["intraslice"]) == make("llama").config
+    # Nothing is said twice: what transformers has keys for is not in ours.
+    assert "rope" not in raw["intraslice"]
+    assert not {"vocab_size", "hidden_act", "qk_head_dim", "intermediate_size"} & {
+        *raw["intraslice"],
+        *raw["intraslice"]["layers"][0],
+    }
     config = AutoConfig.from_pretrained(path, trust_remote_code=True)
     assert [layer.num_key_value_heads for layer in config.per_layer_config] == [3, 3, 2]
     assert [layer.intermediate_size for layer in config.per_layer_config] == [24, 16, 20]
@@ -251,8 +260,81 @@ def test_loaded_by_us_again(folder, flavour):
     assert_same(load(folder(flavour)), make(flavour))
 
 
+def edited(folder, path, **changes):
+    """A copy of an export whose `config.json` somebody edited."""
+    shutil.copytree(folder, path)
+    raw = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(raw | changes))
+    return path
+
+
+EDITS = {
+    "llama": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 300.0}, "hidden_act": "gelu"},
+    "mistral": {"sliding_window": 9, "rope_theta": 300.0, "attention_bias": True, "rms_norm_eps": 0.5},
+    "phi": {"rope_parameters": {"rope_type": "default", "rope_theta": 99.0, "partial_rotary_factor": 1.0}},
+}
+
+
+@pytest.mark.parametrize("flavour", EDITS)
+def test_an_edited_configuration_means_the_same_to_both(folder, logits_of, tmp_path, flavour):
+    path = edited(folder(flavour), tmp_path / "edited", **EDITS[flavour])
+    model = load(path)
+    ours = our_logits(model.decoder, TOKENS)
+    np.testing.assert_allclose(torch_logits(in_torch(path), TOKENS), ours, rtol=0, atol=CLOSE)
+    assert np.abs(ours - logits_of(flavour)(40)).max() > 0.01
+    # In the first version the key intraslice repeated everything; PyTorch read the top level then, too.
+    old = edited(path, tmp_path / "old", intraslice=make(flavour).config.to_json())
+    if flavour == "mistral":
+        with pytest.raises(InputError, match=r"sliding_window of layer 0 is 9, but intraslice\.layers says 5"):
+            load(old)
+    else:
+        assert load(old).config == model.config
+
+
+def test_a_larger_vocabulary_is_read_back(folder, tmp_path):
+    exported = in_torch(folder("llama"))
+    exported.resize_token_embeddings(VOCAB + 3, mean_resizing=False)
+    exported.save_pretrained(tmp_path / "larger")
+    ours = our_logits(load(tmp_path / "larger").decoder, TOKENS)
+    np.testing.assert_allclose(torch_logits(exported, TOKENS), ours, rtol=0, atol=CLOSE)
+
+
+def test_exports_of_the_first_version_are_read(folder, tmp_path):
+    for flavour in ("llama", "qwen2", "smollm3", "phi3"):
+        path = edited(folder(flavour), tmp_path / flavour, intraslice=make(flavour).config.to_json())
+        assert_same(load(path), make(flavour))
+
+
+def old_copy(**changes):
+    """The key `intraslice` of the first version, its first layer changed."""
+    old = make("llama").config.to_json()
+    old["layers"][0] |= changes
+    return {"intraslice": old}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_attention_heads": 5}, "num_attention_heads of layer 0 is 5, but its intraslice.query_to_kv makes it 6"),
+        ({"num_hidden_layers": 4}, "num_hidden_layers is 4, but intraslice.layers has 3 entries"),
+        ({"layer_types": ["full_attention"]}, "num_hidden_layers is 3, but layer_types has 1 entries"),
+        ({"per_layer_config": {"9": {"head_dim": 4}}}, "per_layer_config names layer 9, but num_hidden_layers is 3"),
+        ({"per_layer_config": {"0": {"sliding_window": 4}}}, r"per_layer_config.0.sliding_window"),
+        ({"intraslice": {"layers": []}}, r"intraslice.model_type is missing"),
+        ({"intraslice": 3}, "intraslice must be"),
+        (old_copy(v_head_dim=5), "v_head_dim of layer 0 is 4, but intraslice.layers says 5"),
+        (old_copy(sliding_window=5), "sliding_window of layer 0 is None, but intraslice.layers says 5"),
+        (old_copy(query_to_kv=[0, 2**31 - 1]), "query_to_kv must count up from 0 without gaps"),
+    ],
+)
+def test_a_configuration_that_contradicts_itself_is_refused(folder, tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        load(edited(folder("llama"), tmp_path / "edited", **changes))
+
+
 def assert_same(model, want):
-    assert model.config == want.config
+    # As it is written: a RoPE factor that follows from two lengths is spelled out for transformers.
+    assert pruned_config(model.config, "float32") == pruned_config(want.config, "float32")
     arrays, expected = decoder_to_arrays(model.decoder), decoder_to_arrays(want.decoder)
     assert arrays.keys() == expected.keys()
     for name, array in arrays.items():
@@ -347,6 +429,26 @@ def test_tokenizer_generation_settings_and_card(tmp_path):
     assert not [file.name for file in path.iterdir() if str(tmp_path) in file.read_bytes().decode("utf-8", "ignore")]
 
 
+@pytest.mark.parametrize("made", [byte_level, sentencepiece])
+def test_the_tokenizer_of_an_export_is_for_every_release(tmp_path, made):
+    tokenizer = made()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    tokenizer.chat_template = "{{ messages }}"
+    save_tokenizer(tokenizer, tmp_path)
+    written = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    # 4.x does not know TokenizersBackend, local_files_only, a list of extra_special_tokens or templates in other files.
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert written["additional_special_tokens"] == ["<|end|>"]
+    assert not {"backend", "is_local", "local_files_only", "extra_special_tokens", "auto_map"} & written.keys()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+    again, text = tokenizer_from_folder(tmp_path), "the river <s> runs<|end|>  over café"
+    assert again(text).input_ids == tokenizer(text).input_ids
+    assert again.decode(again(text).input_ids) == tokenizer.decode(tokenizer(text).input_ids)
+    for name in ("chat_template", "model_max_length", "eos_token", "unk_token", "pad_token"):
+        assert getattr(again, name) == getattr(tokenizer, name)
+    assert set(again.all_special_tokens) == set(tokenizer.all_special_tokens)
+
+
 # Unpruned models: the family's own layout
 
 
@@ -359,7 +461,7 @@ def test_an_unpruned_llama_is_the_stock_class(tmp_path, tied):
     for name, array in before.items():
         assert array.tobytes() == tensors[name].tobytes()
     wanted = {k: v for k, v in json.loads((source / "config.json").read_text()).items() if k != "auto_map"}
-    assert json.loads((path / "config.json").read_text()) == wanted
+    assert json.loads((path / "config.json").read_text()) == wanted | {"torch_dtype": "float32"}
     assert not list(path.glob("*.py"))
     exported = in_torch(path)
     assert type(exported) is transformers.LlamaForCausalLM
@@ -402,12 +504,14 @@ def test_unpruned_exports_load_in_the_stock_class(tmp_path, architecture):
     exported = in_torch(export(model, tmp_path / "out"))
     assert type(exported) is getattr(transformers, architecture)
     np.testing.assert_allclose(torch_logits(exported, TOKENS), our_logits(model.decoder, TOKENS), rtol=0, atol=CLOSE)
-    # One KV head with its pairs in another order, and the stock class no longer holds it.
+    # Pairs in another order in one KV head: a stock class holds the same function, its channels in the usual order.
     arrays = decoder_to_arrays(model.decoder)
     name = "layers.1.attention.rope_pairs"
     arrays[name] = arrays[name].at[0].set(arrays[name][0, ::-1])
-    exported = in_torch(export(with_arrays(model, arrays), tmp_path / "pairs"))
-    assert type(exported).__name__ == "IntraSliceForCausalLM"
+    model = with_arrays(model, arrays)
+    exported = in_torch(export(model, tmp_path / "pairs"))
+    assert type(exported).__name__ == architecture.replace("Phi3", "Llama")
+    np.testing.assert_allclose(torch_logits(exported, TOKENS), our_logits(model.decoder, TOKENS), rtol=0, atol=CLOSE)
 
 
 def with_arrays(model, arrays):
@@ -420,7 +524,7 @@ def test_unpruned_in_another_dtype(tmp_path):
     assert {array.dtype for array in stored(path)[0].values()} == {np.dtype(ml_dtypes.bfloat16)}
     assert len(stored(path)[1]) > 1
     config = json.loads((path / "config.json").read_text())
-    assert (config["dtype"], "torch_dtype" in config) == ("bfloat16", False)
+    assert (config["dtype"], config["torch_dtype"]) == ("bfloat16", "bfloat16")
     assert in_torch(path).dtype == torch.bfloat16
 
 

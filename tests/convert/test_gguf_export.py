@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from intraslice_jax.cli import main
+from intraslice_jax.config import LayerShape
 from intraslice_jax.convert import load
 from intraslice_jax.convert.export import export
 from intraslice_jax.convert.gguf_file import GgufFile
@@ -89,44 +90,76 @@ PRUNED = {
     "llama biases": 40,
     "llama dynamic": 24,
     "llama yarn": 40,
+    "llama output biases": 40,
     "mistral": 5,
+    "qwen2": 6,
     "smollm3": 40,
     "phi3": 40,
 }
 
 
+def pruned(flavour):
+    if flavour == "llama output biases":
+        return with_tokenizer(make("llama", attention_output_bias=True, mlp_bias=True))
+    return with_tokenizer(uniform("llama") if flavour == "uniform" else make(flavour))
+
+
 @pytest.mark.parametrize("flavour", PRUNED)
 def test_pruned_models_compute_the_same(flavour, tmp_path):
-    model = with_tokenizer(make(flavour))
+    model = pruned(flavour)
     file = export(model, tmp_path / "model.gguf", format="gguf")
     metadata = GgufFile(file).metadata
     assert metadata["general.architecture"] == "deci"
-    assert metadata["deci.context_length"] == (5 if flavour == "mistral" else model.config.max_position_embeddings)
-    assert metadata["deci.feed_forward_length"] == [shape.intermediate_size for shape in model.config.layers]
+    assert metadata["deci.context_length"] == {"mistral": 5, "qwen2": 6}.get(
+        flavour, model.config.max_position_embeddings
+    )
+    assert metadata["deci.feed_forward_length"] == [64] * model.config.num_layers
     ids = TOKENS[:, : PRUNED[flavour]]
     np.testing.assert_allclose(our_logits(load(file).decoder, ids), our_logits(model.decoder, ids), rtol=0, atol=CLOSE)
 
 
-def test_a_uniform_layout_needs_no_zeros(tmp_path):
-    model = with_tokenizer(uniform("llama"))
+@pytest.mark.parametrize(
+    ("head_dim", "kept", "width"),
+    [(8, 6, 8), (96, 62, 64), (96, 70, 96), (160, 62, 64), (160, 126, 128)],
+    ids=lambda value: str(value),
+)
+def test_widths_are_those_that_llama_cpp_is_fast_with(head_dim, kept, width, tmp_path):
+    """Multiples of 64, but no head is wider than before pruning."""
+    dense = dataclasses.replace(dense_config("llama"), head_dim=head_dim, rotary_dim=head_dim)
+    shape = LayerShape((0, 1), kept, kept, kept, 40)
+    model = with_tokenizer(with_random_weights(dense.with_layers((shape,) * 2), identity_pairs=True))
+    file = export(model, tmp_path / "model.gguf", format="gguf")
+    metadata = GgufFile(file).metadata
+    assert metadata["general.architecture"] == "llama"
+    assert metadata["llama.attention.key_length"] == width
+    assert metadata["llama.feed_forward_length"] == 64
+    # Where heads have their whole width, frequencies are the ordinary ones.
+    assert ("rope_freqs.weight" in GgufFile(file).tensors) == (width != head_dim)
+    np.testing.assert_allclose(
+        our_logits(load(file).decoder, TOKENS), our_logits(model.decoder, TOKENS), rtol=0, atol=CLOSE
+    )
+
+
+@pytest.mark.parametrize("case", ["llama", "llama biases"])
+def test_a_uniform_layout_is_a_plain_llama(case, tmp_path):
+    model = with_tokenizer(uniform(case))
     file = export(model, tmp_path / "model.gguf", format="gguf")
     assert GgufFile(file).metadata["general.architecture"] == "llama"
-    again = load(file)
-    assert again.config.total_parameters() == model.config.total_parameters()
-    np.testing.assert_allclose(our_logits(again.decoder, TOKENS), our_logits(model.decoder, TOKENS), rtol=0, atol=CLOSE)
+    np.testing.assert_allclose(
+        our_logits(load(file).decoder, TOKENS), our_logits(model.decoder, TOKENS), rtol=0, atol=CLOSE
+    )
 
 
 def test_quantised_rows_are_filled_up_to_blocks(tmp_path):
     model = with_tokenizer(ragged("llama"))
-    tensors = GgufFile(export(model, tmp_path / "model.gguf", format="gguf", dtype="q8_0")).tensors
-    kinds = gguf.GGMLQuantizationType
-    assert tensors["blk.0.ffn_down.weight"].shape == (32, 64)  # 40 channels in two blocks of 32
+    file = GgufFile(export(model, tmp_path / "model.gguf", format="gguf", dtype="q8_0"))
+    tensors, kinds = file.tensors, gguf.GGMLQuantizationType
+    assert tensors["blk.0.ffn_down.weight"].shape == (32, 64)  # of 40 channels
     assert {tensors[f"blk.0.{name}.weight"].kind for name in ("ffn_down", "ffn_up", "attn_q")} == {kinds.Q8_0}
     assert tensors["token_embd.weight"].kind == kinds.Q8_0
     assert tensors["blk.1.attn_output.weight"].shape == (32, 16)
     assert tensors["blk.1.attn_output.weight"].kind == kinds.F16  # no multiple of 32
     assert tensors["output_norm.weight"].kind == kinds.F32
-    file = GgufFile(tmp_path / "model.gguf")
     want = np.asarray(model.decoder.layers[0].mlp.down_proj[...]).T
     got = file.read("blk.0.ffn_down.weight")
     assert np.abs(got[:, :40] - want).max() <= np.abs(want).max() / 127
@@ -140,7 +173,9 @@ def test_matrices_in_half_precision(dtype, tmp_path):
     assert {t.dtype for name, t in file.tensors.items() if "norm" not in name and "rope" not in name} == {dtype}
     assert {t.dtype for name, t in file.tensors.items() if "norm" in name} == {"float32"}
     stored = file.read("blk.1.ffn_up.weight")
-    np.testing.assert_array_equal(stored, np.asarray(model.decoder.layers[1].mlp.up_proj[...]).T.astype(stored.dtype))
+    want = np.asarray(model.decoder.layers[1].mlp.up_proj[...]).T.astype(stored.dtype)
+    np.testing.assert_array_equal(stored[: len(want)], want)
+    assert not stored[len(want) :].any()
 
 
 def described(tokenizer, **config):
@@ -247,9 +282,11 @@ def llama_cpp(file, text, ids):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("flavour", ["llama", "llama biases", "llama yarn", "smollm3", "uniform"])
+@pytest.mark.parametrize(
+    "flavour", ["llama", "llama biases", "llama output biases", "llama yarn", "smollm3", "uniform"]
+)
 def test_llama_cpp_has_our_logits_and_text(flavour, tmp_path):
-    model = with_tokenizer(uniform("llama") if flavour == "uniform" else make(flavour))
+    model = pruned(flavour)
     model = dataclasses.replace(model, config=dataclasses.replace(model.config, eos_token_id=()))
     file, ids = export(model, tmp_path / "model.gguf", format="gguf"), TOKENS[:1, :30]
     found = llama_cpp(str(file), TEXT, ids[0].tolist())

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_torch_file
 from transformers import AutoModelForCausalLM
 
 from intraslice_jax.config import LayerShape, ModelConfig
 from intraslice_jax.convert.families import FAMILIES, to_checkpoint
 from intraslice_jax.convert.load import load
+from intraslice_jax.convert.pruned_config import pruned_config
 from intraslice_jax.errors import InputError
 from intraslice_jax.models.decoder import abstract_arrays, decoder_to_arrays
 from intraslice_jax.models.generate import stop_tokens
@@ -155,6 +157,97 @@ def test_bin_runs_no_code(broken):
     assert not (broken / "ran").exists()
 
 
+def test_biases_of_some_projections_only(tmp_path):
+    """A bias that no layer has is zero, as transformers makes it; one that only a layer lacks is damage."""
+    reference = build("llama-biases")
+    folder = save(reference, tmp_path / "model")
+    gone = [name for name, _ in reference.named_parameters() if name.endswith(("o_proj.bias", "up_proj.bias"))]
+    for name in gone:
+        reference.get_parameter(name).data.zero_()
+    edit_weights(folder, lambda weights: [weights.pop(name) for name in gone])
+    model = load(folder)
+    np.testing.assert_allclose(logits(model, tokens(LONG)), torch_logits(reference, tokens(LONG)), atol=1e-4, rtol=0)
+    edit_weights(folder, lambda weights: weights.pop("model.layers.1.self_attn.q_proj.bias"))
+    with pytest.raises(InputError, match=r"missing model\.layers\.1\.self_attn\.q_proj\.bias; left over nothing"):
+        load(folder)
+
+
+def test_old_spelling_of_llama(broken, llama):
+    edit_config(broken, architectures=["LLaMAForCausalLM"])
+    assert_same_arrays(load(broken), load(llama[1]))
+
+
+def as_bin(folder, content):
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    torch.save(content, folder / "pytorch_model.bin")
+    return folder
+
+
+def test_bin_of_parameters(llama, broken):
+    parameters = {name: torch.nn.Parameter(tensor) for name, tensor in llama[0].state_dict().items()}
+    assert_same_arrays(load(as_bin(broken, parameters)), load(llama[1]))
+
+
+def with_norm(change):
+    def changed(state):
+        name = "model.norm.weight"
+        return {**state, name: change(state[name])}
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (with_norm(lambda t: t.to(torch.float8_e4m3fn)), r"norm\.weight is stored as float8_e4m3fn, expected float32"),
+        (with_norm(lambda t: t.to(torch.complex64)), r"norm\.weight is stored as complex64"),
+        (with_norm(lambda t: t.to_sparse()), r"norm\.weight is stored as sparse_coo"),
+        (with_norm(lambda t: t.to(torch.int32)), r"norm\.weight must not be int32"),
+        (with_norm(lambda t: torch.ones(1).expand(2**45)), r"norm\.weight \[\d+\] is larger than what is stored of it"),
+        (with_norm(lambda t: t.tolist()), r"does not hold a mapping of names to tensors"),
+        (lambda state: {1: state["model.norm.weight"]}, r"does not hold a mapping of names to tensors"),
+        (lambda state: [*state.values()], r"does not hold a mapping of names to tensors"),
+    ],
+)
+def test_bin_of_other_things(llama, broken, change, message):
+    with pytest.raises(InputError, match=message):
+        load(as_bin(broken, change(llama[0].state_dict())))
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_buffers_of_older_classes_are_no_weights(llama, broken, kind):
+    """transformers leaves them aside as well."""
+    attention = "model.layers.0.self_attn."
+    old = {
+        f"{attention}rotary_emb.inv_freq": torch.ones(4),
+        f"{attention}rotary_emb.cos_cached": torch.ones(1, 1, 16, 8, dtype=torch.float16),
+        f"{attention}rotary_emb.sin_cached": torch.ones(1, 1, 16, 8, dtype=torch.bfloat16),
+        f"{attention}bias": torch.ones(1, 1, 16, 16, dtype=torch.bool),
+        f"{attention}masked_bias": torch.tensor(-1e4),
+        "model.causal_mask": torch.ones(16, 16, dtype=torch.bool),
+        "model.embeddings.position_ids": torch.arange(16)[None],
+    }
+    state = {**llama[0].state_dict(), **old}
+    if kind == "bin":
+        as_bin(broken, state)
+    else:
+        save_torch_file(state, broken / "model.safetensors", metadata={"format": "pt"})
+    assert_same_arrays(load(broken), load(llama[1]))
+    reference = AutoModelForCausalLM.from_pretrained(broken)
+    np.testing.assert_allclose(logits(load(broken), tokens(SHORT)), torch_logits(reference, tokens(SHORT)), atol=1e-4)
+
+
+def test_float8_in_safetensors(llama, broken):
+    state = llama[0].state_dict()
+    state["model.norm.weight"] = state["model.norm.weight"].to(torch.float8_e4m3fn)
+    state["model.norm.weight_scale"] = torch.ones(1)
+    save_torch_file(state, broken / "model.safetensors")
+    with pytest.raises(
+        InputError, match=r"norm\.weight is stored as F8_E4M3, expected .*; use the unquantised checkpo"
+    ):
+        load(broken)
+
+
 def test_tied_checkpoint_may_repeat_its_head(tmp_path):
     folder = save(build("llama-mha-tied"), tmp_path)
     single = load(folder)
@@ -258,8 +351,8 @@ def test_export_of_a_pruned_model_loads(tmp_path):
         for path, array in abstract_arrays(config).items()
     }
     save_file(dict(to_checkpoint("IntraSliceForCausalLM", config, arrays)), tmp_path / "model.safetensors")
-    described = {"architectures": ["IntraSliceForCausalLM"], "model_type": "intraslice"}
-    (tmp_path / "config.json").write_text(json.dumps({**described, "intraslice": config.to_json()}))
+    raw = pruned_config(config, "float32")
+    (tmp_path / "config.json").write_text(json.dumps(raw))
     model = load(tmp_path)
     assert model.config == config
     for path, array in decoder_to_arrays(model.decoder).items():
@@ -267,6 +360,9 @@ def test_export_of_a_pruned_model_loads(tmp_path):
 
     with pytest.raises(InputError, match=r"LlamaForCausalLM has no place for layers\.0\.attention\.rope_pairs"):
         dict(to_checkpoint("LlamaForCausalLM", config, arrays))
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"is_causal": False}))
+    with pytest.raises(InputError, match="is_causal false"):
+        load(tmp_path)
 
 
 def test_fused_tensors_need_all_their_parts(tmp_path):
@@ -484,13 +580,64 @@ def test_damaged_safetensors(broken):
             load(broken)
 
 
+def header_of(content):
+    end = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:end]), content[end:]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shape": [10**18]}, r"does not fit its 128 bytes"),
+        ({"shape": [10**400]}, r"shape\.0.* must be"),
+        ({"shape": [-32]}, r"shape\.0 must be at least 0, found -32"),
+        ({"shape": None}, r"shape must be a list"),
+        ({"shape": [float("inf")]}, r"shape\.0 must be a whole number"),
+        ({"dtype": ["F32"]}, r"dtype must be text"),
+        ({"data_offsets": [0, 128]}, r"begins at byte \d+, expected \d+"),
+        ({"data_offsets": [0, 10**18]}, r"begins at byte \d+|does not fit its"),
+        ({"data_offsets": [2**70, 0]}, r"data_offsets\.0 must be at most"),
+        ({"data_offsets": {}}, r"data_offsets must be a list"),
+    ],
+)
+def test_headers_that_lie(broken, change, message):
+    path = broken / "model.safetensors"
+    header, data = header_of(path.read_bytes())
+    header["model.norm.weight"] |= change
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    with pytest.raises(InputError, match=message) as caught:
+        load(broken)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_header_as_long_as_it_likes(broken):
+    path = broken / "model.safetensors"
+    content = path.read_bytes()
+    for length in (10**18, 2**64 - 1, len(content)):
+        path.write_bytes(length.to_bytes(8, "little") + content[8:])
+        with pytest.raises(InputError, match="truncated or not a safetensors file"):
+            load(broken)
+    deep = b'{"a":' + b"[" * 10**5
+    path.write_bytes(len(deep).to_bytes(8, "little") + deep)
+    with pytest.raises(InputError, match=r"the header of .*model\.safetensors cannot be read as JSON"):
+        load(broken)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(InputError, match=r"model\.safetensors is not a file"):
+        load(broken)
+
+
 def test_index_and_shards(llama, tmp_path):
     folder = save(llama[0], tmp_path, max_shard_size="20KB")
     index = folder / "model.safetensors.index.json"
     whole = index.read_text()
     for text, message in (
         (whole[:200], r"index\.json cannot be read as JSON"),
-        ("{}", r"index\.json has no weight_map"),
+        ("{}", r"index\.json: weight_map is missing"),
+        ('{"weight_map": {"a": 1}}', r"index\.json: weight_map\.a must be text, found 1"),
+        ('{"weight_map":' + "[" * 10**5, r"index\.json cannot be read as JSON"),
+        (whole.replace("model-00001", "x" * 300), r"safetensors cannot be read: File name too long"),
         (whole.replace("model-00001", "../model-00001"), r"names a shard outside its folder"),
         (whole.replace("model-00001", "model-00000"), r"model-00000-of-\d+\.safetensors is missing"),
     ):
@@ -505,6 +652,7 @@ def test_not_a_model(broken, tmp_path):
         (broken / "config.json", r"config\.json is not a model; expected a folder"),
         ("someone/absent", r"someone/absent .* the hub cannot be reached"),
         ("./no/such/folder/here", r"does not exist"),
+        ("x" * 300, r"cannot be read: File name too long"),
     ):
         with pytest.raises(InputError, match=message):
             load(source)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import transformers
 
+from intraslice_jax.config import RopeConfig
 from intraslice_jax.convert import load
 from intraslice_jax.convert.export import export
 from intraslice_jax.errors import InputError
@@ -36,13 +37,25 @@ def check(folder, model, architecture):
     return exported
 
 
+def old_keys(model_type, rope_type="default", rope_theta=None, partial_rotary_factor=None, **scaling):
+    """RoPE as transformers 4.x reads it."""
+    keys = {"rope_theta": rope_theta, "partial_rotary_factor": partial_rotary_factor}
+    if rope_type == "longrope":
+        keys["original_max_position_embeddings"] = scaling.pop("original_max_position_embeddings")
+    if rope_type != "default":
+        keys["rope_scaling"] = {"type" if model_type == "phi3" else "rope_type": rope_type, **scaling}
+    return {key: value for key, value in keys.items() if value is not None}
+
+
 @pytest.mark.parametrize("case", FAMILY_CASES)
 def test_padded_is_the_same_function(case, tmp_path):
     model = ragged(case)
     folder = export(model, tmp_path / "out", format="padded")
     check(folder, model, FAMILY_CASES[case][0])
     raw, written = json.loads(model.config.source), json.loads((folder / "config.json").read_text())
-    assert written == raw | {"intermediate_size": 40}
+    # The same model for every release of transformers: 4.x does not know `rope_parameters`.
+    rope = raw.pop("rope_parameters", {})
+    assert written == raw | {"intermediate_size": 40, "torch_dtype": "float32"} | old_keys(raw["model_type"], **rope)
     assert "stored as zeros" in (folder / "README.md").read_text()
 
 
@@ -91,7 +104,14 @@ def test_what_no_stock_class_holds(tmp_path):
         export(windowed, tmp_path / "out", format="padded")
     with pytest.raises(InputError, match="does not know its original configuration"):
         export(make("llama"), tmp_path / "out", format="padded")
+    # Somebody edited an export: its original configuration, from which stock classes get theirs, says something else.
+    config = dataclasses.replace(ragged("llama").config, rope=RopeConfig(500.0), eos_token_id=(1, 3))
+    with pytest.raises(InputError, match=r"differs from its original configuration in rope; .*--format hf"):
+        export(dataclasses.replace(ragged("llama"), config=config), tmp_path / "out", format="padded")
     assert list(tmp_path.iterdir()) == []
+    same = dataclasses.replace(config, rope=ragged("llama").config.rope)
+    folder = export(dataclasses.replace(ragged("llama"), config=same), tmp_path / "out", format="padded")
+    assert json.loads((folder / "config.json").read_text())["eos_token_id"] == [1, 3]
 
 
 def test_frequencies_that_grow_with_the_text_stay_with_the_modelling_file(tmp_path):

@@ -1,6 +1,7 @@
 """File to file, a model passes through memory tensor by tensor."""
 
 import sys
+from contextlib import closing
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ from intraslice_jax import api
 from intraslice_jax.config import PruneConfig
 from intraslice_jax.convert import load, open_stored
 from intraslice_jax.errors import InputError
+from intraslice_jax.io.journal import Journal
 from intraslice_jax.models.decoder import decoder_to_arrays
 from intraslice_jax.prune.pipeline import prune_model
 from tests.convert.checkpoints import build, save, tokens
@@ -51,6 +53,22 @@ def test_pruned_models_stream_too(tmp_path):
     assert files(streamed) == files(api.export(pruned, tmp_path / "b"))
     api.save(open_stored(streamed), tmp_path / "again")
     assert api.restore(tmp_path / "again").config == pruned.config
+
+
+@pytest.mark.parametrize("residency", ["device", "disk"])
+def test_layers_without_rotation_go_through_a_journal(tmp_path, residency):
+    """Their RoPE pairs are arrays of size zero."""
+    source, config = save(build("smollm3"), tmp_path / "hf"), PruneConfig(0.3, align=2)
+    with closing(Journal(tmp_path / "journal")) as journal:
+        journal.begin({})
+        pruned = prune_model(api.load(source, residency=residency), tokens(16), config, run_log=journal)
+        api.save(pruned, tmp_path / "out")
+    expected = prune_model(load(source), tokens(16), config)
+    found, wanted = (decoder_to_arrays(model.decoder) for model in (api.restore(tmp_path / "out"), expected))
+    assert found.keys() == wanted.keys()
+    assert found["layers.1.attention.rope_pairs"].size == 0
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(found[name], array, name)
 
 
 def test_another_dtype_on_the_way(tmp_path):

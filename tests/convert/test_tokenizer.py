@@ -6,9 +6,11 @@ import shutil
 
 import pytest
 import regex
+import sentencepiece as spm
 from transformers import AutoTokenizer
 from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
 
+from intraslice_jax.calibrate.data import encode
 from intraslice_jax.convert.gguf_file import GgufFile
 from intraslice_jax.convert.tokenizer import tokenizer_from_folder, tokenizer_from_gguf
 from intraslice_jax.errors import InputError
@@ -288,9 +290,102 @@ def test_damaged_folders(tmp_path, kind):
         return str(caught.value)
 
     assert "not the tokenizer's vocabulary; copy tokenizer.json" in damaged("tokenizer.json", None)
-    for content in ("", "{}", (whole / "tokenizer.json").read_text()[:900]):
+    for content in ("", "{}", (whole / "tokenizer.json").read_text()[:900], '{"a": ' + "[" * 100_000):
         assert "cannot be read" in damaged("tokenizer.json", content)
     assert "cannot be read" in damaged("tokenizer_config.json", "{")
+    assert "added_tokens.json: <pad> must be a whole number" in damaged("added_tokens.json", '{"<pad>": "1"}')
+    special = {"eos_token": {"content": 3}}
+    assert "special_tokens_map.json: eos_token" in damaged("special_tokens_map.json", json.dumps(special))
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"model_max_length": "long"}, "model_max_length"),
+        ({"bos_token": 7}, "bos_token"),
+        ({"added_tokens_decoder": {"0": "<s>"}}, "added_tokens_decoder.0"),
+        ({"chat_template": [1]}, "chat_template"),
+        ({"padding_side": "middle"}, "padding_side"),
+        ({"tokenizer_class": ["LlamaTokenizer"]}, "tokenizer_class"),
+    ],
+)
+def test_settings_of_a_wrong_type(tmp_path, changes, field):
+    byte_level("gpt-2").save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, **changes}))
+    with pytest.raises(InputError, match=rf"tokenizer_config\.json: {field}") as caught:
+        tokenizer_from_folder(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("length", [10**400, 1e30, -1, None])
+def test_any_number_is_a_maximal_length(tmp_path, length):
+    byte_level("gpt-2").save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": length}))
+    assert encode(tokenizer_from_folder(tmp_path), "ab").tolist() == byte_level("gpt-2")("ab").input_ids
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AA=="}},  # fails when it is read
+        {"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "x"}},  # fails when it is used
+    ],
+)
+def test_a_panic_in_rust_is_a_refusal_of_one_line(tmp_path, capfd, changes):
+    byte_level("gpt-2").save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**content, **changes}))
+    with pytest.raises(InputError, match="cannot be read") as caught:
+        tokenizer_from_folder(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert "panicked" not in capfd.readouterr().err
+
+
+@pytest.fixture(scope="module", params=["bpe", "unigram"])
+def sentencepiece_folder(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    spm.SentencePieceTrainer.Train(
+        sentence_iterator=iter([*TEXTS[:4], "the cat and the dog and the bird 1 2 3"] * 5),
+        model_prefix=str(folder / "tokenizer"),
+        model_type=request.param,
+        vocab_size=340,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.vocab").unlink()
+    return folder
+
+
+class TestSentencepiece:
+    """Folders with nothing but tokenizer.model, as Meta's Llama 1 and 2 came."""
+
+    def test_the_ids_are_those_of_sentencepiece(self, sentencepiece_folder):
+        reference = spm.SentencePieceProcessor(model_file=str(sentencepiece_folder / "tokenizer.model"))
+        tokenizer = tokenizer_from_folder(sentencepiece_folder)
+        for text in ["the cat", "The  quick dog\n12 3", *TEXTS[:7]]:
+            assert encode(tokenizer, text).tolist() == reference.encode(text)
+            assert tokenizer(text).input_ids == [reference.bos_id(), *reference.encode(text)]
+
+    def test_it_is_saved_and_read_again(self, sentencepiece_folder, tmp_path):
+        tokenizer = tokenizer_from_folder(sentencepiece_folder)
+        tokenizer.save_pretrained(tmp_path)
+        assert tokenizer_from_folder(tmp_path)("the cat").input_ids == tokenizer("the cat").input_ids
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [(b"\x00damaged", "is not a sentencepiece model"), (b"IQ== 0\nIg== 1\n", "a vocabulary for tiktoken.*copy")],
+    )
+    def test_what_is_none(self, tmp_path, content, message):
+        (tmp_path / "tokenizer.model").write_bytes(content)
+        with pytest.raises(InputError, match=message) as caught:
+            tokenizer_from_folder(tmp_path)
+        assert "\n" not in str(caught.value)
 
 
 def test_code_from_the_folder_is_never_run(tmp_path):

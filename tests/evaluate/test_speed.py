@@ -105,7 +105,7 @@ class TestSpeed:
         short, long = make().config, make(max_position_embeddings=9000).config
         assert common_context([long], None) == 4096
         assert common_context([long, short], None) == 64
-        with pytest.raises(InputError, match=r"65 is longer .* 64 tokens; pass --context 64"):
+        with pytest.raises(InputError, match=r"65 is longer .* 64 tokens; give `context=64`"):
             common_context([long, short], 65)
 
     def test_the_largest_batch_is_named(self):
@@ -113,9 +113,9 @@ class TestSpeed:
         each = bytes_per_sequence(models, 16)
         assert each > cache_bytes(models["model"].config, 1, 16, 4)
         check_workload(models, Workload(5, 16), 5 * each)
-        with pytest.raises(InputError, match="the largest that fits is --batch-size 4"):
+        with pytest.raises(InputError, match="the largest that fits is `batch_size=4`"):
             check_workload(models, Workload(5, 16), 5 * each - 1)
-        with pytest.raises(InputError, match="shorter --context"):
+        with pytest.raises(InputError, match="shorter `context`"):
             check_workload(models, Workload(1, 16), each - 1)
 
     @pytest.mark.parametrize("work", [Workload(0, 8), Workload(1, 8, layer=2), Workload(1, 8, repeats=0)])
@@ -162,7 +162,7 @@ class TestStages:
     def test_first_layers(self):
         model = make()
         assert first_layers(model, 1).config.layers == (WIDE,)
-        with pytest.raises(InputError, match="--layers must be between 1 and 2, found 3"):
+        with pytest.raises(InputError, match="`layers` must be between 1 and 2, found 3"):
             first_layers(model, 3)
 
 

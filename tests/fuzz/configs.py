@@ -12,6 +12,7 @@ from intraslice_jax.commands.prune import Options
 from intraslice_jax.config import ModelConfig
 from intraslice_jax.convert.families import FAMILIES
 from intraslice_jax.convert.hf import GenerationSettings, read_config
+from intraslice_jax.convert.pruned_config import pruned_config
 from intraslice_jax.io.reading import read_json
 from intraslice_jax.prune.estimators import read_ratios
 from intraslice_jax.settings import load_settings
@@ -166,7 +167,6 @@ def _yaml_target(name: str, file: str, content: str, read, *more: Mutation) -> T
 
 def targets() -> list[Target]:
     """A target per family and kind of file."""
-    described = {"architectures": ["IntraSliceForCausalLM"], "model_type": "intraslice"}
     pruned = _pruned()
     ratios = {
         "attention": [0.25, 0.0],
@@ -179,8 +179,12 @@ def targets() -> list[Target]:
 
     return [
         *(_json_target(f"config.json {name}", "config.json", _config(name), read_config) for name in _FAMILIES),
+        _json_target("config.json IntraSlice", "config.json", pruned_config(pruned, "float32"), read_config),
         _json_target(
-            "config.json IntraSlice", "config.json", {**described, "intraslice": pruned.to_json()}, read_config
+            "ModelConfig",
+            "model.json",
+            pruned.to_json(),
+            lambda folder: ModelConfig.from_json(read_json(folder / "model.json", dict)),
         ),
         _json_target(
             "generation_config.json",

@@ -129,14 +129,14 @@ def mutate_json(rng: random.Random, content: bytes) -> bytes:
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         path = rng.choice(_paths(data))
         if not path:
-            data = copy.deepcopy(rng.choice((data, *HOSTILE)))
+            data = rng.choice((data, *copy.deepcopy(HOSTILE)))
             continue
         parent = data
         for step in path[:-1]:
             parent = parent[step]
         action = rng.random()
         if action < 0.65:
-            parent[path[-1]] = copy.deepcopy(rng.choice(HOSTILE))
+            parent[path[-1]] = copy.deepcopy(rng.choice(HOSTILE))  # it may be damaged in its turn
         elif action < 0.8:
             del parent[path[-1]]
         elif action < 0.9 and isinstance(parent, dict):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import multiprocessing
 import pkgutil
 import resource
@@ -33,6 +34,7 @@ def all_targets() -> list[Target]:
 
 
 def _in_own_process(name: str, count: int, seed: int) -> Outcome:
+    logging.disable(logging.WARNING)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     target = next(target for target in all_targets() if target.name == name)

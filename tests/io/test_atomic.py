@@ -1,10 +1,11 @@
+import errno
 import os
 import stat
 
 import pytest
 
-from intraslice_jax.errors import InputError
-from intraslice_jax.io.atomic import atomic_folder, check_output
+from intraslice_jax.errors import InputError, RunError
+from intraslice_jax.io.atomic import atomic_file, atomic_folder, check_file, check_output
 
 
 def names(folder):
@@ -59,7 +60,7 @@ def test_an_error_keeps_what_was_there(tmp_path, error):
 
 def test_what_is_there_is_refused_before_anything_is_written(tmp_path):
     path = old_output(tmp_path)
-    with pytest.raises(InputError, match=r"out exists already.*--overwrite"), atomic_folder(path):
+    with pytest.raises(InputError, match=r"out exists already.*`overwrite=True`"), atomic_folder(path):
         pytest.fail("the block ran")
     assert names(tmp_path) == ["out"]
     assert names(path) == ["old"]
@@ -95,6 +96,21 @@ def test_an_output_that_cannot_be_a_folder(tmp_path):
     with pytest.raises(InputError, match="exists already"):
         check_output(file, overwrite=False)
     for path in (file, file / "in" / "it"):
-        with pytest.raises(InputError, match="file is a file; the output must be a folder"):
+        with pytest.raises(InputError, match="file is a file; the output must be"):
             check_output(path, overwrite=True)
     assert check_output(str(tmp_path / "new"), overwrite=False) == tmp_path / "new"
+
+
+@pytest.mark.parametrize("name", ["x" * 240, "é" * 120, "x" * 300 + "/y", "a\0b", ".."])
+def test_a_name_that_no_output_can_have(tmp_path, name):
+    for check in (check_output, check_file):
+        with pytest.raises(InputError) as caught:
+            check(tmp_path / name, overwrite=True)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_names_the_output(tmp_path):
+    for atomic in (atomic_file, atomic_folder):
+        with pytest.raises(RunError, match="out cannot be written: no space left on device"), atomic(tmp_path / "out"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        assert names(tmp_path) == []

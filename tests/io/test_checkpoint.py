@@ -1,6 +1,8 @@
 import dataclasses
 import json
+import resource
 import shutil
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -8,10 +10,13 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from intraslice_jax.errors import InputError
-from intraslice_jax.io.checkpoint import is_checkpoint, restore, save
+from intraslice_jax.config import RopeConfig
+from intraslice_jax.errors import InputError, RunError
+from intraslice_jax.io.checkpoint import is_checkpoint, open_checkpoint, restore, save
+from intraslice_jax.io.digests import write_digests
 from intraslice_jax.models.decoder import decoder_to_arrays
-from tests.prune.flavours import make
+from intraslice_jax.parallel.mesh import make_mesh
+from tests.prune.flavours import GQA, make
 from tests.tiny import write_tokenizer
 
 
@@ -97,7 +102,7 @@ def test_bfloat16_is_kept_bit_by_bit(flavour, tmp_path):
 
 def test_an_existing_output_is_kept_unless_told_otherwise(model, copy, tmp_path):
     other = make("gqa")
-    with pytest.raises(InputError, match=r"copy exists already.*--overwrite"):
+    with pytest.raises(InputError, match=r"copy exists already.*`overwrite=True`"):
         save(other, copy)
     assert_same_arrays(restore(copy), model)
     save(other, copy, overwrite=True)
@@ -166,7 +171,7 @@ def test_another_version(copy):
         (lambda config: config["model"].update(width=3), "width"),
         (lambda config: config["model"].pop("hidden_size"), "hidden_size"),
         (lambda config: config["model"]["rope"].pop("parameters"), "parameters"),
-        (lambda config: config["model"]["layers"].pop(), "layers.1"),
+        (lambda config: config["model"]["layers"].pop(), "1 layers, state/ holds 2"),
         (lambda config: config["model"]["layers"][0].update(intermediate_size=23), "layers.0.mlp"),
         (lambda config: config["model"]["layers"][0].update(query_to_kv=[0, 2]), "query_to_kv"),
     ],
@@ -176,10 +181,85 @@ def test_a_description_that_does_not_fit(copy, change, names):
     assert names in refused(copy)
 
 
+def test_the_arrays_of_another_model_of_the_same_shape(copy, tmp_path):
+    other = make("ragged", rope=RopeConfig(theta=5e5), source='{"a": 1}')
+    save(other, tmp_path / "other")
+    for name in ("state", "SHA256SUMS"):
+        (shutil.rmtree if name == "state" else Path.unlink)(copy / name)
+        (tmp_path / "other" / name).rename(copy / name)
+    assert "were written for different models: their model differs" in refused(copy)
+
+
+@pytest.mark.parametrize(
+    ("lines", "names"),
+    [
+        (["0" * 64 + "  ../../etc/passwd"], "has a line that is not a digest and the name of a file in this folder"),
+        (["0" * 64 + "  /etc/passwd"], "has a line that is not"),
+        (["hello"], "has a line that is not"),
+        (["0" * 64 + "  state/" + "x" * 300], "cannot be read: File name too long"),
+        (["0" * 64 + "  state"], "state is missing"),
+        ([], "SHA256SUMS is empty"),
+    ],
+)
+def test_digests_that_lie(copy, lines, names):
+    (copy / "SHA256SUMS").write_text("\n".join(lines))
+    if not lines:
+        shutil.rmtree(copy / "state")
+    assert names in refused(copy)
+
+
+def test_damage_with_digests_that_fit_it(copy, model, capfd):
+    """Orbax fails in many ways; all of them are one line. Some of its files are of no use for reading."""
+    failures = []
+    for file in array_files(copy):
+        data = file.read_bytes()
+        file.write_bytes(data[: len(data) // 2])
+        write_digests(copy, "state")
+        for read in (restore, lambda path: open_checkpoint(path).in_memory()):
+            try:
+                assert_same_arrays(read(copy), model)
+            except InputError as error:
+                failures.append(str(error))
+        file.write_bytes(data)
+    assert len(failures) >= 6
+    assert all("is damaged" in failure and "\n" not in failure for failure in failures)
+    assert capfd.readouterr().err == ""
+    shutil.rmtree(copy / "state" / "state")
+    write_digests(copy, "state")
+    refused(copy)
+
+
+def test_arrays_of_size_zero(tmp_path):
+    """Layers without rotation, as SmolLM3 has them, have none of the RoPE pairs."""
+    model = make("gqa", layers=2, shape=dataclasses.replace(GQA, rotary_dim=0))
+    save(model, tmp_path / "whole")
+    save(open_checkpoint(tmp_path / "whole"), tmp_path / "streamed")
+    mesh = make_mesh("data=1,model=1")
+    for back in (restore(tmp_path / "whole"), restore(tmp_path / "streamed"), restore(tmp_path / "whole", mesh)):
+        assert back.decoder.layers[0].attention.rope_pairs.shape == (2, 0)
+        assert_same_arrays(back, model)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files as Linux does")
+def test_a_full_disk_is_one_line_and_leaves_nothing(model, tmp_path, capfd):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for write in (save, lambda model, out: save(open_checkpoint(tmp_path / "whole"), out)):
+        save(model, tmp_path / "whole", overwrite=True)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+        try:
+            with pytest.raises(RunError, match=r"out cannot be written: ") as caught:
+                write(model, tmp_path / "out")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert "\n" not in str(caught.value)
+        assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+    assert capfd.readouterr().err == ""
+
+
 def test_what_is_no_checkpoint(tmp_path):
     assert not is_checkpoint(tmp_path / "nowhere")
     assert "is not a checkpoint" in refused(tmp_path / "nowhere")
-    for content in ("", "[]", "{}", '{"format": "other"}', "\x00"):
+    for content in ("", "[]", "{}", '{"format": "other"}', "\x00", "[" * 10**5, '{"a":' * 10**5):
         (tmp_path / "config.json").write_text(content)
         assert not is_checkpoint(tmp_path)
         assert "is not a checkpoint" in refused(tmp_path)

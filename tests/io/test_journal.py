@@ -16,12 +16,13 @@ from intraslice_jax.config import CalibrationConfig, PruneConfig
 from intraslice_jax.errors import InputError, RunError
 from intraslice_jax.identity import run_identity
 from intraslice_jax.io import journal as journal_module
+from intraslice_jax.io.digests import write_digests
 from intraslice_jax.io.journal import Journal
 from intraslice_jax.models.decoder import decoder_to_arrays
 from intraslice_jax.prune import pipeline
 from intraslice_jax.prune.estimators import GRADIENTS, estimate_ratios
 from intraslice_jax.prune.pipeline import prune_model
-from tests.prune.flavours import make, windows, with_arrays
+from tests.prune.flavours import GQA, make, windows, with_arrays
 
 FINE = PruneConfig(sparsity=0.3, align=1, batch_size=3)
 LAYERS = 4
@@ -49,9 +50,9 @@ def run(model, config, folder, on_layer=None, **identity):
         journal.close()
 
 
-def interrupted(model, config, folder, layer):
+def interrupted(model, config, folder, layer, **identity):
     with pytest.raises(Stop):
-        run(model, config, folder, stop_at(layer))
+        run(model, config, folder, stop_at(layer), **identity)
 
 
 def assert_same_bits(found, expected):
@@ -90,13 +91,15 @@ def copy(stopped, tmp_path):
         ("biases", {"method": "flap"}),
         ("gqa", {"ratios": "fisher_pca"}),
         ("mha", {"layout": "uniform"}),
+        ("no_rope", {}),  # arrays of size zero
         ("gqa", {"loss_weight": 0.5}),
         ("phi", {"dense_targets": 1.0}),
     ],
 )
 def test_a_continued_run_gives_the_same_bits(flavour, settings, tmp_path):
     config = dataclasses.replace(FINE, **settings)
-    model = make(flavour, layers=3)
+    unrotated = dataclasses.replace(GQA, rotary_dim=0)
+    model = make("gqa", layers=3, shape=unrotated) if flavour == "no_rope" else make(flavour, layers=3)
     interrupted(model, config, tmp_path / "journal", 1)
     seen = []
     found = run(model, config, tmp_path / "journal", seen.append)
@@ -135,8 +138,12 @@ class Passes:
 
     def __init__(self, last=None):
         self.done, self.last = [], last
+        self.begun = False
 
     def __call__(self, done, _):
+        if not self.begun:  # what was done before
+            self.begun = True
+            return
         self.done.append(done)
         if done == self.last:
             raise Stop
@@ -175,7 +182,7 @@ def test_damaged_sums_are_taken_anew(tmp_path, caplog):
     with pytest.raises(Stop):
         run_of_ratios(config, folder, Passes(9))
     kept = {file: file.read_bytes() for file in files(folder / GRADIENTS)}
-    assert {file.name for file in kept} == {"SHA256SUMS", "arrays.safetensors", "facts.json"}
+    assert {file.name for file in kept} == {"SHA256SUMS", "arrays.safetensors", "entry.json"}
     for file, whole in kept.items():
         shutil.copytree(folder, tmp_path / file.name)
         damaged = tmp_path / file.name / GRADIENTS / file.name
@@ -239,7 +246,7 @@ def test_a_list_of_digests_that_ends_early_is_damage(copy):
 
 
 def test_the_state_before_the_last_gives_the_same_bits(copy, expected):
-    file = copy / "streams" / "00002" / "facts.json"
+    file = copy / "streams" / "00002" / "entry.json"
     file.write_bytes(file.read_bytes()[:-1])
     seen = []
     assert_same_bits(run(make("gqa", layers=LAYERS), FINE, copy, seen.append), expected)
@@ -256,8 +263,8 @@ def test_what_a_killed_run_left_half_written_does_not_matter(copy, expected):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (["streams/00001/facts.json", "streams/00002/facts.json"], "streams/00002 is damaged.*no other state"),
-        (["layers/00000/facts.json"], "layers/00000 is damaged.*no other state"),
+        (["streams/00001/entry.json", "streams/00002/entry.json"], "streams/00002 is damaged.*no other state"),
+        (["layers/00000/entry.json"], "layers/00000 is damaged.*no other state"),
         (["run.json"], "run.json is missing or damaged"),
     ],
 )
@@ -270,6 +277,32 @@ def test_damage_beyond_the_last_state_is_refused(copy, damage, message):
                 with pytest.raises(InputError, match=f"{message}.*--overwrite") as caught:
                     begin(copy)
                 assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["layers/00002", "streams/00002"])
+def test_a_part_of_another_place_or_run_is_damage(part, copy, tmp_path, caplog):
+    """All digests are right: only what the parts say about themselves is not."""
+    kind = part.partition("/")[0]
+    shutil.copytree(copy / kind / "00001", tmp_path / "before")
+    interrupted(make("gqa", seed=5, layers=LAYERS), FINE, tmp_path / "other", 2, seed=5)
+    for other, says in ((tmp_path / "before", f"for {kind}/00001"), (tmp_path / "other" / part, "of another run")):
+        shutil.rmtree(copy / part)
+        shutil.copytree(other, copy / part)
+        caplog.clear()
+        assert begin(copy) == 2
+        assert says in caplog.text
+
+
+def test_facts_of_another_kind_are_refused(copy):
+    entry = copy / "layers" / "00001" / "entry.json"
+    content = json.loads(entry.read_text())
+    content["facts"]["record"]["layer"] = "one"
+    entry.write_text(json.dumps(content))
+    write_digests(entry.parent, ".")
+    with pytest.raises(
+        InputError, match=r"00001/entry\.json: facts: record\.layer must be a whole number, found 'one'"
+    ):
+        run(make("gqa", layers=LAYERS), FINE, copy)
 
 
 def test_damaged_ratios_are_refused(tmp_path):
@@ -338,8 +371,11 @@ def test_a_journal_in_use(tmp_path):
     first = Journal(tmp_path / "journal")
     first.begin(RUN)
     first.put("ratios", {})
-    with pytest.raises(InputError, match="in use by another run"):
-        begin(tmp_path / "journal")
+    for anew in (False, True):
+        second = Journal(tmp_path / "journal", anew)
+        with pytest.raises(InputError, match=f"in use by another run, process {os.getpid()} on host "):
+            second.begin(RUN)
+        second.close()
     first.close()
     begin(tmp_path / "journal")
 
@@ -368,9 +404,6 @@ def test_a_full_disk_keeps_the_layers_before(tmp_path, monkeypatch, expected):
     assert_same_bits(run(model, FINE, folder), expected)
 
 
-# Orbax's own threads notice the failure a second time, when nobody waits for them any more.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_disk_that_is_really_full(tmp_path, caplog):
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -386,6 +419,13 @@ def test_a_disk_that_is_really_full(tmp_path, caplog):
         assert 0 < done < 30
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_lock_that_is_a_folder(copy):
+    (copy / "lock").unlink(missing_ok=True)
+    (copy / "lock").mkdir()
+    with pytest.raises(InputError, match="lock is a folder, expected the file of a lock; remove it"):
+        begin(copy)
 
 
 def test_nothing_is_written_before_there_is_something_to_keep(tmp_path):

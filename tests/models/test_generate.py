@@ -226,7 +226,7 @@ class TestGenerate:
             ({"prompts": [[VOCAB]]}, f"token {VOCAB}, the model's vocabulary has {VOCAB}"),
             ({"prompts": ["text"]}, "has no tokenizer"),
             ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, found 0"),
-            ({"max_new_tokens": 62}, r"3 tokens and 62 new .* 64 tokens; lower --max-new-tokens to 61"),
+            ({"max_new_tokens": 62}, r"3 tokens and 62 new .* 64 tokens; lower `max_new_tokens` to 61"),
             ({"prompts": [[1] * 64]}, "shorten the prompt"),
             ({"temperature": -0.1}, "temperature"),
             ({"temperature": math.nan}, "temperature"),

@@ -113,11 +113,11 @@ def test_the_default_preset_is_planned_and_what_to_leave_out_is_named(folder, tm
     learned = (plan["disk_bytes"]["journal"] - without["disk_bytes"]["journal"]) / 24  # two states, 12 bytes a weight
     assert plan["pruned_parameters"] - learned == config.total_parameters() - config.block_parameters()
     loop = [size for phase, size in plan["phase_bytes"].items() if phase != "refinement"]
-    with pytest.raises(InputError, match=r"; --refine 0 fits"):
+    with pytest.raises(InputError, match=r"; `refine=0` fits"):
         refuse("m", config, plan | {"device_bytes": 2 * max(loop)}, max(loop), None)
     host = max(loop) // 2  # as of a model of more layers
     plan["device_bytes_by_residency"]["host"] = host
-    with pytest.raises(InputError, match=r"; --residency host --refine 0 fits"):
+    with pytest.raises(InputError, match=r"; `residency=host` `refine=0` fits"):
         refuse("m", config, plan, host, None)
 
 

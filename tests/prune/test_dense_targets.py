@@ -91,7 +91,7 @@ def test_nothing_to_correct_where_nothing_is_removed():
 
 
 def test_one_window_cannot_be_split():
-    with pytest.raises(InputError, match=r"dense_targets .* at least 2; raise --samples"):
+    with pytest.raises(InputError, match=r"dense_targets .* at least 2; raise `samples`"):
         prune_model(make("gqa"), windows(1), FINE)
 
 

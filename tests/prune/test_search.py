@@ -101,7 +101,7 @@ def test_parameters_go_where_they_are_worth_most(from_uniform):
     config = dataclasses.replace(CONFIG, search_rounds=1)
     ratios = estimate_ratios(model, tokens, config, lambda *progress: done.append(progress))
     assert ratios.mlp[1] > 0.3 > min(ratios.attention + ratios.mlp)
-    assert done == [(1, 3), (2, 3), (3, 3)]
+    assert done == [(6, 30), (14, 30), (22, 30), (30, 30)]  # 8 of every layer behind 2 of each
     found = prune_model(model, tokens, CONFIG, ratios=ratios)
     assert [s.num_attention_heads for s in found.config.layers] == [h.num_attention_heads for h in ratios.heads]
     removed = [m.report["removed_block_fraction"] for m in (found, uniform)]
@@ -143,7 +143,7 @@ def test_the_time_limit_ends_a_search(from_uniform):
     done = []
     config = dataclasses.replace(CONFIG, search_seconds=1e-3)
     estimate_ratios(make("gqa", layers=3), windows(8), config, lambda *progress: done.append(progress))
-    assert done == [(1, 6)]
+    assert done == [(6, 54), (14, 54)]
 
 
 def test_what_is_better_when_the_time_is_over_is_taken(from_uniform, monkeypatch):

@@ -52,7 +52,7 @@ def test_a_layer_that_does_nothing_costs_nothing_and_goes_first():
     attention, mlp = divergences(model, windows(6), ALONE, (0.3, 0.6), lambda *progress: done.append(progress))
     np.testing.assert_allclose(mlp[1], 1e-7)
     assert min(attention.min(), mlp[[0, 2]].min()) > 1e-4
-    assert done == [(i + 1, 12) for i in range(12)]
+    assert done == [(i, 12) for i in range(13)]
     ratios = estimate_ratios(model, windows(6), ALONE)
     assert ratios.mlp[1] == pytest.approx(20 / 24)  # 0.9 of 24 channels, in steps of 2
     assert ratios.sparsity(model.config) == pytest.approx(0.4, rel=1e-6)

@@ -17,16 +17,23 @@ CHECK = """<!DOCTYPE html><html><body style="margin:0; display:flex">FRAMES<scri
 const frames = [...document.querySelectorAll("iframe")];
 const look = (frame) => {
   const page = frame.contentDocument, root = page.documentElement;
-  const shown = [...page.querySelectorAll("h1, h2, p, td, th, span, b, figcaption, pre, summary")];
+  page.querySelectorAll("details").forEach((details) => { details.open = true; });
+  const shown = [...page.querySelectorAll("body *")].filter((e) => e.getClientRects().length > 0);
+  const right = frame.contentWindow.innerWidth + 0.5;
+  const buttons = [...page.querySelectorAll("button")].filter((button) => button.getClientRects().length > 0);
   return {
-    width: root.clientWidth,
+    width: frame.contentWindow.innerWidth,
     content: root.scrollWidth,
-    beyond: shown.filter((e) => !e.closest(".scroll") && e.getBoundingClientRect().right > root.clientWidth + 1).length,
+    beyond: shown.filter((e) => e.getBoundingClientRect().right > right).map((e) => e.outerHTML.slice(0, 80)),
+    cut: shown.filter((e) => e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).overflowX !== "visible")
+      .map((e) => e.outerHTML.slice(0, 80)),
     pictures: [...page.images].map((i) => i.complete && i.naturalWidth > 0 ? i.getBoundingClientRect().width : 0),
     smallest: Math.min(...shown.map((e) => parseFloat(getComputedStyle(e).fontSize))),
     tallest: Math.max(...[...page.querySelectorAll("th, td")].map((e) => e.getBoundingClientRect().height)),
     text: page.body.innerText.length,
     scripts: page.scripts.length,
+    selected: buttons.map((button) => { button.click(); return frame.contentWindow.getSelection().toString(); }),
+    labels: buttons.map((button) => button.textContent),
   };
 };
 Promise.all(frames.map((f) => new Promise((done) => f.addEventListener("load", done)))).then(() => {
@@ -50,7 +57,8 @@ def show(page: Path, widths: tuple[int, ...], screenshot: Path) -> tuple[list[di
     check = screenshot.with_suffix(".html")
     check.write_text(CHECK.replace("FRAMES", frames))
     common = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--hide-scrollbars"]
-    common += [f"--user-data-dir={screenshot.parent / 'profile'}", "--virtual-time-budget=10000"]
+    common += ["--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
+    common += ["--disable-sync", f"--user-data-dir={screenshot.parent / 'profile'}", "--virtual-time-budget=10000"]
     common += ["--enable-logging=stderr", f"--window-size={sum(widths)},3000"]
 
     def run(what: str) -> subprocess.CompletedProcess[str]:

@@ -216,7 +216,7 @@ def _basis(batches: list[Array], width: int, place: str) -> Float[Array, "hidden
     """The first principal directions of a stream, not centred, float32."""
     gram = sum(_gram(x) for x in batches)
     if not bool(jnp.isfinite(jnp.asarray(gram)).all()):
-        raise RunError(f"slicegpt: the residual stream behind {place} is not finite (try --dtype float32)")
+        raise RunError(f"slicegpt: the residual stream behind {place} is not finite (try `dtype=float32`)")
     with solver_precision():
         vectors = eigh_descending(to_solver(jnp.asarray(gram))[None])[1][0, :, :width]
         return vectors.astype(jnp.float32)
