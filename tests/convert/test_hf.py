@@ -416,7 +416,7 @@ def test_real_checkpoint_continues_a_story(shared_data):
         ({"rope_parameters": {"rope_type": "linear"}}, r"rope_type 'linear': factor is missing"),
         (
             {"rope_parameters": {"rope_type": "linear", "factor": -2}},
-            r"rope_parameters\.factor must be above 0, found -2",
+            r"rope_parameters\.factor must be at least 0\.000001, found -2",
         ),
         ({"rope_parameters": LLAMA3 | {"high_freq_factor": 1.0}}, r"high_freq_factor must be above low_freq_factor"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, r"differ between kinds of layers"),
@@ -484,7 +484,7 @@ def test_contradictory_llama(broken, changes, message):
         (
             "phi3-longrope",
             {"rope_parameters": LONGROPE | {"short_factor": [1.0, -1.0, 2.0]}},
-            r"rope_parameters\.short_factor\.1 must be above 0, found -1\.0",
+            r"rope_parameters\.short_factor\.1 must be at least 0\.000001, found -1\.0",
         ),
         ("phi", {"num_key_value_heads": 2}, r"self_attn\.k_proj\.weight has shape \[32, 32\], .* implies \[16, 32\]"),
         ("mistral-window", {"layer_types": ["full_attention"] * 2}, r"layer_types contradicts sliding_window"),
