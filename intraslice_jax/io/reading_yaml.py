@@ -58,7 +58,7 @@ class _Loader(yaml.SafeLoader):
             raise ConstructorError(None, None, "text holds what is no character", node.start_mark)
         return value
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in (
             node.value if isinstance(node, yaml.MappingNode) else ()

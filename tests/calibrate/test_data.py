@@ -53,7 +53,7 @@ def write_table(path, **columns):
 
 def write_gzip(path, documents):
     path.parent.mkdir(parents=True)
-    path.write_bytes(gzip.compress("".join(json.dumps({"text": d}) + "\n" for d in documents).encode()))
+    path.write_bytes(gzip.compress("".join(json.dumps({"text": d}) + "\n" for d in documents).encode(), mtime=0))
 
 
 SHAREGPT = [{"from": "human", "value": "Hi é"}, {"from": "gpt", "value": "Hello"}]
@@ -113,7 +113,7 @@ class TestFiles:
             ("long.csv", b"text\n" + b"x" * 200_000, ["x" * 200_000]),
             ("rows.parquet", parquet(ROWS), ["one", "two é"]),
             ("rows.unknown", parquet([{"messages": CHAT}]), [CHAT]),
-            ("rows.jsonl.gz", gzip.compress(lines(*ROWS)), ["one", "two é"]),
+            ("rows.jsonl.gz", gzip.compress(lines(*ROWS), mtime=0), ["one", "two é"]),
             ("a.txt.bz2", bz2.compress(b"words"), ["words"]),
             ("a.txt.xz", lzma.compress(b"words"), ["words"]),
             ("a.txt.zst", pyarrow.compress(b"words" * 9, codec="zstd", asbytes=True), ["words" * 9]),
@@ -182,7 +182,7 @@ class TestFiles:
             ("a.csv", b"a,b\n1,2\n", "its columns are a, b"),
             ("a.csv", b'text\n"open', "as a table"),
             ("a.parquet", parquet(ROWS)[:-30], "as Parquet"),
-            ("a.gz", gzip.compress(b"words" * 99)[:-9], "cannot be unpacked"),
+            ("a.gz", gzip.compress(b"words" * 99, mtime=0)[:-9], "cannot be unpacked"),
             ("a.zip", zipped(a=b"x", b=b"y"), "an archive of 2 files"),
         ],
     )
@@ -197,7 +197,7 @@ class TestFiles:
 
     def test_what_unpacks_to_too_much_is_refused(self, tmp_path, monkeypatch):
         monkeypatch.setattr(documents, "MAX_TEXT_BYTES", 2**20)
-        (tmp_path / "a.gz").write_bytes(gzip.compress(b"a" * 2**24))
+        (tmp_path / "a.gz").write_bytes(gzip.compress(b"a" * 2**24, mtime=0))
         with pytest.raises(InputError, match="more than 1048576 bytes"):
             read_files([tmp_path / "a.gz"])
 

@@ -33,7 +33,7 @@ def targets() -> list[Target]:
         "rows.jsonl": "".join(json.dumps(row) + "\n" for row in ROWS).encode(),
         "chats.jsonl": (json.dumps({"messages": CHAT}) + "\n").encode() * 2,
         "text.csv": b'n,text\n1,"one ""two""\n"\n2,\n3,three\n',
-        "text.txt.gz": gzip.compress(b"some words\n" * 30),
+        "text.txt.gz": gzip.compress(b"some words\n" * 30, mtime=0),
         "text.parquet": _parquet(),
     }
     texts = [Target(name, _writes(name, content), _read_text, (mutate_bytes,)) for name, content in files.items()] + [
