@@ -93,10 +93,10 @@ def test_refusals(folder, capsys, args, says):
     assert "\n" not in line
 
 
-def test_a_missing_field_is_named(tmp_path, capsys):
-    write_json(tmp_path / "config.json", {k: v for k, v in tiny_config().items() if k != "hidden_size"})
+def test_a_malformed_field_is_named(tmp_path, capsys):
+    write_json(tmp_path / "config.json", tiny_config() | {"hidden_size": "64"})
     assert main(["plan", str(tmp_path)]) == 2
-    assert "hidden_size" in capsys.readouterr().err
+    assert "hidden_size must be a whole number, found '64'" in capsys.readouterr().err
 
 
 def plan_of(folder, tmp_path, *args):
