@@ -14,8 +14,8 @@ from intraslice_jax.config import ModelConfig
 from intraslice_jax.convert import hf_config
 from intraslice_jax.convert.mapping import Entry, Tensor, resolve
 from intraslice_jax.errors import InputError
-from intraslice_jax.io.reading import check
 from intraslice_jax.models.decoder import abstract_arrays
+from intraslice_jax.reading import check
 
 _LAYER = "model.layers.{i}."
 _ATTENTION, _MLP = "layers.{i}.attention.", "layers.{i}.mlp."

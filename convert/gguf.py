@@ -23,8 +23,8 @@ from intraslice_jax.convert.rotation import fraction
 from intraslice_jax.convert.sources import TensorSource
 from intraslice_jax.convert.tokenizer import tokenizer_from_gguf
 from intraslice_jax.errors import InputError
-from intraslice_jax.io.reading import Count, Index, Positive, check
 from intraslice_jax.model import StoredModel
+from intraslice_jax.reading import Count, Index, Positive, check
 
 
 class _Architecture(NamedTuple):

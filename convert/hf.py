@@ -20,8 +20,8 @@ from intraslice_jax.convert.hf_config import TokenId
 from intraslice_jax.convert.sources import open_folder
 from intraslice_jax.convert.tokenizer import tokenizer_from_folder
 from intraslice_jax.errors import InputError
-from intraslice_jax.io.reading import read_json
 from intraslice_jax.model import StoredModel
+from intraslice_jax.reading import read_json
 
 log = logging.getLogger(__name__)
 

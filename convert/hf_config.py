@@ -14,9 +14,9 @@ from intraslice_jax.config import LayerShape, ModelConfig, RopeConfig, uniform_q
 from intraslice_jax.convert.pruned_config import pruned_layers
 from intraslice_jax.convert.rotation import fraction
 from intraslice_jax.errors import InputError
-from intraslice_jax.io.reading import Count, Index, Positive, check
 from intraslice_jax.models.mlp import check_activation
 from intraslice_jax.models.rope import ROPE_TYPES
+from intraslice_jax.reading import Count, Index, Positive, check
 
 _Layers = Annotated[int, Field(ge=1, le=10_000)]
 _Heads = Annotated[int, Field(ge=1, le=10_000)]

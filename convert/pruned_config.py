@@ -10,7 +10,7 @@ from typing_extensions import TypedDict
 
 from intraslice_jax.config import LayerShape, ModelConfig
 from intraslice_jax.errors import InputError
-from intraslice_jax.io.reading import Count, Index, Positive, check
+from intraslice_jax.reading import Count, Index, Positive, check
 
 MODELING_FILE = "modeling_intraslice"
 

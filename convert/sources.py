@@ -12,9 +12,9 @@ import numpy as np
 from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
+from intraslice_jax import reading
 from intraslice_jax.errors import InputError
-from intraslice_jax.io import reading
-from intraslice_jax.io.reading import check, parse_json
+from intraslice_jax.reading import check, parse_json
 
 _DTYPES = {
     "F64": np.dtype(np.float64),

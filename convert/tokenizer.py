@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 
 from intraslice_jax.convert.tokenizer_files import check_tokenizer_files, panics_unprinted
 from intraslice_jax.errors import InputError, refused
-from intraslice_jax.io.reading import Finite, Index, check
+from intraslice_jax.reading import Finite, Index, check
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt")
 _VOCABULARIES = ({"tokenizer.json"}, {"tokenizer.model"}, {"vocab.json", "merges.txt"})

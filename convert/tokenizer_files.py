@@ -15,7 +15,7 @@ from pydantic import with_config
 from typing_extensions import TypedDict
 
 from intraslice_jax.errors import InputError, refused
-from intraslice_jax.io.reading import Index, read_bytes, read_json
+from intraslice_jax.reading import Index, read_bytes, read_json
 
 _ADVICE = "copy all of the model's tokenizer files again"
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypedDict
 from pydantic import ConfigDict, Field
 
 from intraslice_jax.errors import InputError
-from intraslice_jax.io.reading import Count, Index, Positive, check
+from intraslice_jax.reading import Count, Index, Positive, check
 
 _Parameter = bool | Count | Positive | tuple[Positive, ...]
 

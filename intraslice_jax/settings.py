@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from intraslice_jax.errors import InputError
-from intraslice_jax.io.reading_yaml import read_yaml
+from intraslice_jax.reading_yaml import read_yaml
 
 
 def load_settings(path: str | Path, options: type) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The README's commands and its Python snippet, run as they stand, on small things under the names that it uses."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -34,7 +35,11 @@ def place(tmp_path_factory) -> Path:
     """A folder in which the README's names exist: a local path goes before a name on the hub."""
     folder = tmp_path_factory.mktemp("readme")
     for name in ("meta-llama/Llama-3.2-1B", "MODEL"):
-        write_tiny_llama(folder / name, max_position_embeddings=64)
+        write_tiny_llama(folder / name, max_position_embeddings=64, vocab_size=259)
+        tokenizer = folder / name / "tokenizer.json"
+        content = json.loads(tokenizer.read_text())
+        content["model"]["vocab"]["th"], content["model"]["merges"] = 258, [["t", "h"]]  # GGUF files need one
+        tokenizer.write_text(json.dumps(content))
     for name in ("wikitext2", "calibration.txt", "wiki.txt", "code.txt"):
         (folder / name).write_text(tiny_text(12_000))
     (folder / "held_out.txt").write_text(tiny_text(9_000, seed=1))
@@ -80,7 +85,7 @@ def test_python(place, monkeypatch, capsys, tmp_path):
     exec(compile(code, "README.md", "exec"), {})
     assert {"pruned", "pruned-hf", "pruned.gguf"} <= {path.name for path in tmp_path.iterdir()}
     removed = float(capsys.readouterr().out.split(" ", 1)[0])
-    assert removed == pytest.approx(0.3, abs=0.005)
+    assert removed == pytest.approx(0.3, abs=0.02)  # a step of this model is 1.5 %
 
 
 def test_configuration_file(tmp_path):

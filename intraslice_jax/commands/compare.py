@@ -124,7 +124,7 @@ def run(options: Options) -> None:
         (folder / "compare.csv").write_text(to_csv(rows), encoding="utf-8")
         title = f"{Path(model.name).name}, windows of {length} tokens"
         if not plot_rows(rows, title, folder / "compare.png"):
-            say("matplotlib is not installed, so there is no compare.png; pip install 'intraslice-jax[report]'")
+            say("matplotlib is not installed, so there is no compare.png; pip install matplotlib")
     partial.unlink()
     print_table([["method", "ratios", "asked", "removed", "of model", "perplexity", "seconds"], *map(_cells, rows)])
     failed = [_line(row) for row in rows if row.error]

@@ -164,7 +164,8 @@ def _find_tasks(options: Options) -> dict[str, Any] | None:
         if (error.name or "").startswith("intraslice_jax"):
             raise
         raise InputError(
-            f"--tasks needs lm-evaluation-harness ({error.name} is not installed); pip install 'intraslice-jax[eval]'"
+            f"--tasks needs lm-evaluation-harness ({error.name} is not installed); "
+            "pip install -e '.[eval]' in a clone of this program"
         ) from error
     return find_tasks(options.tasks, options.include_path)
 

@@ -131,7 +131,7 @@ def _prune(options: Options, journal: Journal | None) -> None:
         }
         api.save(dataclasses.replace(pruned, report=report), options.output, options.overwrite)
     if not write_report(options.output):
-        say("matplotlib is not installed, so report.html has no pictures; pip install 'intraslice-jax[report]'")
+        say("matplotlib is not installed, so report.html has no pictures; pip install matplotlib")
     dense, small = model.config, pruned.config
     print_table(
         [

@@ -55,7 +55,7 @@ def run(options: Options) -> None:
         with atomic_folder(options.output, options.overwrite) as folder:
             drawn = _compare(options.runs, folder) if others else write_report(first, folder)
     if not drawn:
-        say("matplotlib is not installed, so there are no pictures; pip install 'intraslice-jax[report]'")
+        say("matplotlib is not installed, so there are no pictures; pip install matplotlib")
     print(f"{target / 'report.html'}: written")
 
 

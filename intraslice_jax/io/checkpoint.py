@@ -25,11 +25,11 @@ from typing_extensions import TypedDict
 from intraslice_jax.config import ModelConfig
 from intraslice_jax.errors import InputError
 from intraslice_jax.io.digests import check_digests, write_digests
-from intraslice_jax.io.reading import read_json
 from intraslice_jax.io.streaming import StreamedArrays, not_empty, settled, stored_shapes, write_failure, write_streamed
 from intraslice_jax.model import LanguageModel, StoredModel, as_stored
 from intraslice_jax.models.decoder import abstract_arrays, decoder_to_arrays
 from intraslice_jax.parallel.distributed import is_first, shared_folder
+from intraslice_jax.reading import read_json
 from intraslice_jax.report.schema import StoredReport
 
 FORMAT = "intraslice-checkpoint"

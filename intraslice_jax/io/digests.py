@@ -7,7 +7,7 @@ import re
 from pathlib import Path, PurePosixPath
 
 from intraslice_jax.errors import InputError
-from intraslice_jax.io.reading import read_bytes
+from intraslice_jax.reading import read_bytes
 
 NAME = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64})  ([^\0]+)")

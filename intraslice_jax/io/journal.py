@@ -38,9 +38,9 @@ from intraslice_jax.errors import InputError, RunError
 from intraslice_jax.io.atomic import flush, flush_one, write_bytes
 from intraslice_jax.io.digests import damage, write_digests
 from intraslice_jax.io.lock import Lock
-from intraslice_jax.io.reading import Index, Schema, check, read_json
 from intraslice_jax.io.streaming import StreamedArrays, frugal, not_empty, settled, write_failure, write_streamed
 from intraslice_jax.parallel.distributed import from_first, is_first, shared_folder
+from intraslice_jax.reading import Index, Schema, check, read_json
 
 log = logging.getLogger(__name__)
 

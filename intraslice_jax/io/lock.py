@@ -19,7 +19,7 @@ from typing_extensions import TypedDict
 
 from intraslice_jax.errors import InputError
 from intraslice_jax.io.atomic import cannot_write, check_name
-from intraslice_jax.io.reading import Count, check, parse_json
+from intraslice_jax.reading import Count, check, parse_json
 
 log = logging.getLogger(__name__)
 

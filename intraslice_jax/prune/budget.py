@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field
 
 from intraslice_jax.config import LayerShape, ModelConfig
 from intraslice_jax.errors import InputError
-from intraslice_jax.io.reading import Count
+from intraslice_jax.reading import Count
 
 Ratio = Annotated[float, Field(ge=0, le=1)]
 

@@ -21,8 +21,6 @@ from typing_extensions import TypedDict
 from intraslice_jax.calibrate.gradients import GroupGradients, OnBatch, group_gradients, head_grams
 from intraslice_jax.config import ModelConfig, PruneConfig
 from intraslice_jax.errors import InputError
-from intraslice_jax.io.reading import Index, check, parse_json, read_bytes
-from intraslice_jax.io.reading_yaml import read_yaml
 from intraslice_jax.model import LanguageModel
 from intraslice_jax.prune.allocation import UnitScores, allocate, allocate_evenly
 from intraslice_jax.prune.budget import TOLERANCE, LayerRatios
@@ -30,6 +28,8 @@ from intraslice_jax.prune.linalg import eigh_descending, solver_precision, to_so
 from intraslice_jax.prune.resume import Resumable, RunLog
 from intraslice_jax.prune.search import Search
 from intraslice_jax.prune.sensitivity import KLSensitivity
+from intraslice_jax.reading import Index, check, parse_json, read_bytes
+from intraslice_jax.reading_yaml import read_yaml
 from intraslice_jax.settings import closest, shortened
 
 DEGENERATE = 1e-6

@@ -24,7 +24,6 @@ from intraslice_jax.config import LayerShape, ModelConfig, PruneConfig
 from intraslice_jax.environment import StageClock
 from intraslice_jax.errors import InputError
 from intraslice_jax.io.memory import return_freed_blocks
-from intraslice_jax.io.reading import Finite
 from intraslice_jax.model import LanguageModel, on_mesh
 from intraslice_jax.models.decoder import Decoder, block_from_arrays, decoder_from_arrays, decoder_to_arrays
 from intraslice_jax.models.streamed import LayeredArrays, StreamedDecoder
@@ -52,6 +51,7 @@ from intraslice_jax.prune.refine import RefineSettings, refine
 from intraslice_jax.prune.resume import RunLog
 from intraslice_jax.prune.shapes import layer_changes
 from intraslice_jax.prune.uniform import UniformLayout, plan_uniform_layout, unlike
+from intraslice_jax.reading import Finite
 
 OnStage = Callable[[str, int, int], None]
 """Told the stage, its steps done and their number."""

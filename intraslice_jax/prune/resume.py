@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import numpy as np
 from jaxtyping import Array
 
-from intraslice_jax.io.reading import Schema
+from intraslice_jax.reading import Schema
 
 T = TypeVar("T")
 
@@ -29,7 +29,7 @@ class Resumable(abc.ABC):
 class RunLog(Protocol):
     """Keeps the finished layers, the residual stream behind the last of them, and small facts.
 
-    Facts are JSON-serialisable, and checked against a schema (`io.reading`) when they come back. With several
+    Facts are JSON-serialisable, and checked against a schema (`reading.check`) when they come back. With several
     processes all of them make the same calls.
     """
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from intraslice_jax.errors import InputError
-from intraslice_jax.io.reading import parse_json, read_bytes
+from intraslice_jax.reading import parse_json, read_bytes
 from intraslice_jax.report.schema import Evaluation, TaskScores, check_evaluation, check_report
 
 log = logging.getLogger(__name__)

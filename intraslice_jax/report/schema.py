@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
 from intraslice_jax.errors import InputError
-from intraslice_jax.io.reading import Count, Finite, Index, check
+from intraslice_jax.reading import Count, Finite, Index, check
 
 VERSION = 1
 """`format_version` of what is written; files of before there was one have none."""

@@ -229,4 +229,4 @@ def test_command_refuses_wrong_input(source, tmp_path, capsys, given, says):
 def test_command_takes_methods_not_a_method(source, tmp_path, capsys):
     (tmp_path / "c.yaml").write_text("prune:\n  method: flap\n")
     assert main([*arguments(source, tmp_path / "out"), "--config", str(tmp_path / "c.yaml")]) == 2
-    assert "compare takes several, as `methods` at the top" in capsys.readouterr().err
+    assert "compare takes several, as --methods at the top" in capsys.readouterr().err

@@ -326,7 +326,7 @@ def test_wrong_options(refuse, more, says):
 def test_a_missing_harness(refuse, monkeypatch):
     monkeypatch.delitem(sys.modules, "intraslice_jax.evaluate.harness")
     monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)
-    assert "pip install 'intraslice-jax[eval]'" in refuse("--tasks", "colours")
+    assert "pip install -e '.[eval]'" in refuse("--tasks", "colours")
 
 
 def test_a_model_without_end_token(tmp_path):

@@ -13,8 +13,8 @@ from intraslice_jax.config import ModelConfig
 from intraslice_jax.convert.families import FAMILIES
 from intraslice_jax.convert.hf import GenerationSettings, read_config
 from intraslice_jax.convert.pruned_config import pruned_config
-from intraslice_jax.io.reading import read_json
 from intraslice_jax.prune.estimators import read_ratios
+from intraslice_jax.reading import read_json
 from intraslice_jax.settings import load_settings
 from tests.fuzz.harness import Mutation, Target, mutate_bytes, mutate_json
 

@@ -170,7 +170,7 @@ def test_another_version(copy):
         (lambda config: config.update(dtype="float23"), "float23"),
         (lambda config: config["model"].update(width=3), "width"),
         (lambda config: config["model"].pop("hidden_size"), "hidden_size"),
-        (lambda config: config["model"]["rope"].pop("parameters"), "parameters"),
+        (lambda config: config["model"]["rope"].pop("parameters"), "their model differs"),
         (lambda config: config["model"]["layers"].pop(), "1 layers, state/ holds 2"),
         (lambda config: config["model"]["layers"][0].update(intermediate_size=23), "layers.0.mlp"),
         (lambda config: config["model"]["layers"][0].update(query_to_kv=[0, 2]), "query_to_kv"),

@@ -136,8 +136,8 @@ def test_a_process_that_never_comes():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"coordinator": "localhost:1"}, "--coordinator without --num-processes, --process-id"),
-        ({"coordinator": "localhost:1", "num_processes": 2, "process_id": 2}, "--process-id 2 is not below"),
+        ({"coordinator": "localhost:1"}, "`coordinator` without `num_processes`, `process_id`"),
+        ({"coordinator": "localhost:1", "num_processes": 2, "process_id": 2}, "`process_id=2` is not below"),
     ],
 )
 def test_options_that_do_not_go_together(options, message):

@@ -18,15 +18,15 @@ from tests.tiny import tiny_config, tiny_text, tiny_weights, write_tiny_llama
 _RUN = """
 import sys
 import jax
-from intraslice_jax import progress
+from intraslice_jax.progress import RunProgress
 from intraslice_jax.cli import main
 
 seen = []
-original = progress._Clock.line
-def line(self, record):
+original = RunProgress.on_layer
+def on_layer(self, record):
     seen.append(sum(array.nbytes for array in jax.live_arrays()))
-    return original(self, record)
-progress._Clock.line = line
+    original(self, record)
+RunProgress.on_layer = on_layer
 code = main(sys.argv[1:])
 peak = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0]
 print(max(seen), 1024 * int(peak))

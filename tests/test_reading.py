@@ -7,9 +7,9 @@ from typing import NotRequired
 import pytest
 from typing_extensions import TypedDict
 
+from intraslice_jax import reading
 from intraslice_jax.errors import InputError
-from intraslice_jax.io import reading
-from intraslice_jax.io.reading import Count, Positive, check, parse_json, read_json
+from intraslice_jax.reading import Count, Positive, check, parse_json, read_json
 
 
 class Header(TypedDict):

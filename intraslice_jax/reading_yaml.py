@@ -9,7 +9,7 @@ import yaml
 from yaml.constructor import ConstructorError
 
 from intraslice_jax.errors import InputError
-from intraslice_jax.io.reading import read_bytes
+from intraslice_jax.reading import read_bytes
 
 MAX_BYTES = 2**18
 """PyYAML reads some 100 KB in a second; settings have less than one, ratios of a large model some ten."""
