@@ -59,10 +59,8 @@ class _Loader(yaml.SafeLoader):
         return value
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in (
-            node.value if isinstance(node, yaml.MappingNode) else ()
-        ):  # PyYAML keeps the last of two equal keys
+        pairs, seen = node.value if isinstance(node, yaml.MappingNode) else (), set()
+        for key, _ in pairs:  # PyYAML keeps the last of two equal keys
             if not isinstance(key, yaml.ScalarNode):
                 raise ConstructorError(None, None, "a list or mapping cannot be a key", key.start_mark)
             if key.value in seen:
