@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 
 from intraslice_jax.config import LayerShape, ModelConfig, RopeConfig, uniform_query_to_kv
 from intraslice_jax.convert.pruned_config import pruned_layers
-from intraslice_jax.convert.rotation import fraction
+from intraslice_jax.convert.rotation import STILL, fraction
 from intraslice_jax.errors import InputError
 from intraslice_jax.models.mlp import check_activation
 from intraslice_jax.models.rope import ROPE_TYPES
@@ -21,7 +21,7 @@ from intraslice_jax.reading import Count, Index, Positive, check
 _Layers = Annotated[int, Field(ge=1, le=10_000)]
 _Heads = Annotated[int, Field(ge=1, le=10_000)]
 _Theta = Annotated[float, Field(gt=1, le=1e15)]
-_Scale = Annotated[float, Field(ge=1e-6, le=1e12)]
+_Scale = Annotated[float, Field(ge=1e-6, le=STILL)]
 _Epsilon = Annotated[float, Field(gt=0, le=1)]
 
 TokenId = Annotated[int, Field(ge=-1, le=2**31 - 1)]

@@ -194,7 +194,7 @@ def rope_parameters(config: ModelConfig) -> dict[str, Any]:
     }
     if rope.rope_type in ("yarn", "longrope", "llama3"):
         original = values.setdefault("original_max_position_embeddings", config.max_position_embeddings)
-        if rope.rope_type != "llama3":
+        if rope.rope_type == "yarn":
             values.setdefault("factor", config.max_position_embeddings / original)
     return {"rope_type": rope.rope_type, "rope_theta": rope.theta, **values}
 
