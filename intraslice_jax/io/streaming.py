@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 import sys
 import threading
@@ -32,9 +33,10 @@ logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathn
 def write_failure(path: Path, error: BaseException) -> RunError:
     """What to say, in one line, when a file or an Orbax state cannot be written."""
     text = " ".join(str(error).split())
-    # The system's words stand in the middle of a long message of tensorstore, and behind a number in Python's.
-    found = re.search(r"([^:]+) \[os_error_code=", text) or re.search(r"\[Errno \d+\] ([^:]+)", text)
-    return RunError(f"{path} cannot be written: {found[1].strip().lower() if found else text[:300]}")
+    # The system's number of the error stands somewhere in a long message of tensorstore, and at the front of Python's.
+    found = re.search(r"os_error_code='(\d+)'|\[Errno (\d+)\]", text)
+    said = os.strerror(int(found[1] or found[2])).lower() if found else text[:300]
+    return RunError(f"{path} cannot be written: {said}")
 
 
 @contextmanager

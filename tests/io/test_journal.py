@@ -18,6 +18,7 @@ from intraslice_jax.identity import run_identity
 from intraslice_jax.io import journal as journal_module
 from intraslice_jax.io.digests import write_digests
 from intraslice_jax.io.journal import Journal
+from intraslice_jax.io.streaming import write_failure
 from intraslice_jax.models.decoder import decoder_to_arrays
 from intraslice_jax.prune import pipeline
 from intraslice_jax.prune.estimators import GRADIENTS, estimate_ratios
@@ -402,6 +403,18 @@ def test_a_full_disk_keeps_the_layers_before(tmp_path, monkeypatch, expected):
         assert "\n" not in str(caught.value)
     assert not list(folder.glob("*/.*"))
     assert_same_bits(run(model, FINE, folder), expected)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "RESOURCE_EXHAUSTED: Failed to write: No space left on device [os_error_code='28']",
+        "RESOURCE_EXHAUSTED: No space left on device [tensorstore_spec='{\"origin\":[0,0,0]}}'] [os_error_code='28']",
+        "[Errno 28] No space left on device: 'state'",
+    ],
+)
+def test_the_reason_is_found_in_a_long_message(words):
+    assert str(write_failure(Path("out"), ValueError(words))) == "out cannot be written: no space left on device"
 
 
 def test_a_disk_that_is_really_full(tmp_path, caplog):
