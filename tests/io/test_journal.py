@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import os
+import pathlib
 import shutil
 import subprocess
 from contextlib import closing
@@ -414,7 +415,9 @@ def test_a_full_disk_keeps_the_layers_before(tmp_path, monkeypatch, expected):
     ],
 )
 def test_the_reason_is_found_in_a_long_message(words):
-    assert str(write_failure(Path("out"), ValueError(words))) == "out cannot be written: no space left on device"
+    assert (
+        str(write_failure(pathlib.Path("out"), ValueError(words))) == "out cannot be written: no space left on device"
+    )
 
 
 def test_a_disk_that_is_really_full(tmp_path, caplog):
