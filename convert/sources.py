@@ -259,12 +259,3 @@ def _shards(index: Path) -> list[Path]:
     if outside:
         raise InputError(f"{index} names a shard outside its folder: {outside[0]!r}")
     return [index.parent / name for name in sorted(names)]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
-
-    Raises:
-        InputError: it is missing or not JSON.
-    """
-    return reading.read_json(path, dict[str, Any])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Required
@@ -16,7 +15,7 @@ from typing_extensions import TypedDict
 
 from intraslice_jax.convert.tokenizer_files import check_tokenizer_files, panics_unprinted
 from intraslice_jax.errors import InputError, refused
-from intraslice_jax.reading import Finite, Index, check
+from intraslice_jax.reading import Finite, Index, check, read_json
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt")
 _VOCABULARIES = ({"tokenizer.json"}, {"tokenizer.model"}, {"vocab.json", "merges.txt"})
@@ -126,8 +125,8 @@ def tokenizer_from_folder(folder: Path) -> PreTrainedTokenizerBase | None:
 def _without_config(folder: Path) -> dict[str, Any]:
     """For this program's exports: transformers cannot check their `config.json` without their modelling file."""
     try:
-        pruned = json.loads((folder / "config.json").read_text("utf-8"))["model_type"] == "intraslice"
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pruned = read_json(folder / "config.json", dict[str, Any]).get("model_type") == "intraslice"
+    except InputError:
         pruned = False
     return {"config": PreTrainedConfig()} if pruned else {}
 
