@@ -16,8 +16,9 @@ from jax.sharding import Mesh
 
 from intraslice_jax import convert
 from intraslice_jax.calibrate import data
-from intraslice_jax.calibrate.documents import read_files
+from intraslice_jax.calibrate.documents import JoinedText, read_files
 from intraslice_jax.calibrate.sources import TEXT_SUFFIXES
+from intraslice_jax.calibrate.windows import calibration_windows, consecutive_windows, with_bos
 from intraslice_jax.config import (
     CalibrationConfig,
     PruneConfig,
@@ -119,6 +120,7 @@ def prune(
     preset: Literal["fast", "paper", "quality"] | None = None,
     samples: int = 128,
     sequence_length: int | None = None,
+    sampling: Literal["documents", "random"] = "documents",
     seed: int = 0,
     on_layer: Callable[[LayerRecord], None] | None = None,
     on_batch: Callable[[int, int], None] | None = None,
@@ -135,8 +137,10 @@ def prune(
             given, or what a file of `ratios` removes.
         preset: settings to begin with, which `**settings` change: `fast` does the least, `paper` is the paper's
             method, `quality` the best that is known. None is `quality`, or `fast` for the `method` of a baseline.
-        samples: number of calibration windows, drawn at random positions of the text.
+        samples: number of calibration windows.
         sequence_length: tokens per window, None for 2,048 or the model's context if that is shorter.
+        sampling: `documents` lets every second window begin where a document begins (or after a blank line), with BOS
+            if the tokenizer puts one before a text; `random` cuts out all anywhere, as the pruning literature does.
         seed: seed of the windows' positions.
         on_layer: called after each layer with its record.
         on_batch: called while the ratios are estimated (`ratios` other than `uniform`), and while the pruned model is
@@ -162,7 +166,7 @@ def prune(
     words = as_text(model, text)
     name = preset or default_preset(settings.get("method", PruneConfig.method))
     config = dataclasses.replace(with_layout(named_preset(name), settings.get("layout")), sparsity=sparsity, **settings)
-    calibrate = CalibrationConfig(samples=samples, sequence_length=sequence_length, seed=seed)
+    calibrate = CalibrationConfig(samples=samples, sequence_length=sequence_length, sampling=sampling, seed=seed)
 
     def on_stage(stage: str, done: int, total: int) -> None:
         if on_batch is not None and stage != "layers" and done:
@@ -176,7 +180,7 @@ def prune(
 
 def prune_calibrated(
     model: LanguageModel,
-    text: str,
+    text: JoinedText,
     config: PruneConfig,
     calibrate: CalibrationConfig,
     on_layer: Callable[[LayerRecord], None] | None = None,
@@ -186,16 +190,18 @@ def prune_calibrated(
     """`prune` with its settings as dataclasses, as the command line has them."""
     length = window_length(calibrate.sequence_length, model.config.max_position_embeddings)
     calibrate = dataclasses.replace(calibrate, sequence_length=length)
-    stream = data.encode(model.require_tokenizer(), text)
-    windows = data.sample_windows(stream, calibrate.samples, length, calibrate.seed)
+    tokenizer = model.require_tokenizer()
+    tokens = data.encode(tokenizer, text.text)
+    windows = calibration_windows(tokenizer, text, tokens, calibrate)
     if journal is not None:
-        journal.begin(run_identity(model, windows, data.text_hash(text), config, calibrate))
+        journal.begin(run_identity(model, windows, data.text_hash(text.text), config, calibrate))
     pruned = prune_model(model, windows, config, on_layer, on_stage, run_log=journal)
     calibration = {
-        "text_sha256": data.text_hash(text),
-        "text_tokens": len(stream),
+        "text_sha256": data.text_hash(text.text),
+        "text_tokens": len(tokens),
         "samples": calibrate.samples,
         "sequence_length": length,
+        "sampling": calibrate.sampling,
         "seed": calibrate.seed,
     }
     report = {"model": model.name, "calibration": calibration, **pruned.report, "versions": versions()}
@@ -208,6 +214,7 @@ def perplexity(
     sequence_length: int | None = None,
     *,
     windows: int | None = None,
+    bos: bool = False,
     batch_size: int = 0,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> float:
@@ -219,13 +226,17 @@ def perplexity(
         sequence_length: tokens per window, None for 2,048 or the model's context if that is shorter; compare only
             perplexities of the same length.
         windows: how many windows from the start of the text, None for all.
+        bos: begin each window with the BOS token, as prompts do, in place of its first one.
         batch_size: windows per step, 0 to choose it.
         on_batch: called with the windows done and their number.
 
     Raises:
-        InputError: the text is the name of a file, or has fewer tokens than one window.
+        InputError: the text is the name of a file, or has fewer tokens than one window, or the tokenizer puts no BOS
+            token before a text.
     """
-    found = text_windows(model, as_text(model, text), sequence_length, windows)
+    found = text_windows(model, as_text(model, text).text, sequence_length, windows)
+    if bos:
+        found = with_bos(found, model.require_tokenizer())
     return measure_perplexity(model, found, batch_size, on_batch).perplexity
 
 
@@ -236,11 +247,11 @@ def text_windows(model: LanguageModel, text: str, sequence_length: int | None, l
         InputError: the text has fewer tokens than one window, or the window exceeds the model's context.
     """
     length = window_length(sequence_length, model.config.max_position_embeddings)
-    return data.consecutive_windows(data.encode(model.require_tokenizer(), text), length, limit)
+    return consecutive_windows(data.encode(model.require_tokenizer(), text), length, limit)
 
 
-def as_text(model: LanguageModel, given: Any) -> str:
-    """A `Text` as text: as it is, or that of the files that paths name.
+def as_text(model: LanguageModel, given: Any) -> JoinedText:
+    """A `Text` as one text: as it is, or that of the files that paths name.
 
     Raises:
         InputError: a file cannot be read, or what was given as a text is the name of a file.
@@ -249,7 +260,7 @@ def as_text(model: LanguageModel, given: Any) -> str:
         short = len(given) < 256 and "\n" not in given
         if short and (Path(given).suffix.lower() in TEXT_SUFFIXES or os.path.isfile(given)):
             raise InputError(f"the text is {given!r}, the name of a file; give pathlib.Path({given!r}) to have it read")
-        return given
+        return JoinedText(given)
     files = [given] if isinstance(given, Path) else given
     if not isinstance(files, Sequence) or not files or not all(isinstance(file, Path) for file in files):
         raise InputError(

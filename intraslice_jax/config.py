@@ -231,6 +231,9 @@ class CalibrationConfig:
         column: which column of the data set, or field of a file, holds the text.
         samples: number of windows.
         sequence_length: tokens per window; 2,048, or the model's context where that is shorter, if not given.
+        sampling: `documents` lets every second window begin where a document begins, with BOS if the tokenizer puts
+            one before a text, and cuts the others out anywhere; `random` cuts out all anywhere, as the pruning
+            literature does.
         seed: seed of the windows' positions.
     """
 
@@ -239,7 +242,12 @@ class CalibrationConfig:
     column: str = "text"
     samples: int = 128
     sequence_length: int | None = None
+    sampling: Literal["documents", "random"] = "documents"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.sampling not in ("documents", "random"):
+            raise InputError(f"sampling must be documents or random, found {self.sampling!r}")
 
 
 ALIGNMENTS = {"cpu": 8, "gpu": 64, "tpu": 128}

@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 
 from intraslice_jax import api
 from intraslice_jax.calibrate.data import text_hash
+from intraslice_jax.calibrate.documents import JoinedText
 from intraslice_jax.commands._command_line import command_line
 from intraslice_jax.commands._output import say, write_json
 from intraslice_jax.commands.demo import Options
 from intraslice_jax.environment import peak_rss_bytes
 from intraslice_jax.errors import InputError
+from intraslice_jax.evaluate.held_out import before_and_after
 from intraslice_jax.evaluate.perplexity import perplexity
 from intraslice_jax.io.atomic import atomic_folder
 from intraslice_jax.io.checkpoint import versions
@@ -63,7 +65,7 @@ def run_demo(options: Options) -> dict[str, Any]:
         with run_progress() as progress:
             progress.expect(expected_seconds(dense, options.prune, options.calibrate, None))
             pruned = api.prune_calibrated(
-                dense, calibration, options.prune, options.calibrate, progress.on_layer, progress.tell
+                dense, JoinedText(calibration), options.prune, options.calibrate, progress.on_layer, progress.tell
             )
         say("measuring the pruned model")
         after, pruned_sample = measure(pruned), _continuation(pruned, options)
@@ -72,10 +74,7 @@ def run_demo(options: Options) -> dict[str, Any]:
         api.export(pruned, folder / "hf")
         measured = {
             name: {
-                "dense_perplexity": before[name].perplexity,
-                "pruned_perplexity": after[name].perplexity,
-                "evaluated_tokens": after[name].evaluated_tokens,
-                "sequence_length": after[name].sequence_length,
+                **before_and_after(before[name], after[name]),
                 "text_sha256": text_hash(texts[name]),
             }
             for name in texts

@@ -1,4 +1,4 @@
-"""Text to windows of tokens, prepared as the pruning literature does."""
+"""Data sets as text, and text as tokens, prepared as the pruning literature does."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import difflib
 import hashlib
 import logging
 import os
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -248,52 +247,6 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[np.ndarray, 
     with refused("the tokenizer cannot encode the text"):
         encoding = tokenizer(text, add_special_tokens=False, verbose=False)
         return np.asarray(encoding["input_ids"], np.int32), encoding
-
-
-def sample_windows(
-    stream: Int[np.ndarray, " tokens"], samples: int, sequence_length: int, seed: int
-) -> Int[np.ndarray, "samples length"]:
-    """Calibration windows at random positions of the stream, overlaps allowed.
-
-    The positions are those of the field's programs (GPTQ, SparseGPT, Wanda, SliceGPT) for the same seed:
-    `random.randint(0, tokens - length - 1)` from one `random.Random(seed)`.
-
-    Raises:
-        InputError: the stream is shorter than one window, or a number is out of range.
-    """
-    if samples < 1:
-        raise InputError(f"samples must be at least 1, found {samples}")
-    _check_length(stream, sequence_length)
-    draw = random.Random(seed)
-    last = max(0, len(stream) - sequence_length - 1)  # a stream of exactly one window has one position
-    starts = [draw.randint(0, last) for _ in range(samples)]
-    return np.stack([stream[start : start + sequence_length] for start in starts]).astype(np.int32)
-
-
-def consecutive_windows(
-    stream: Int[np.ndarray, " tokens"], sequence_length: int, limit: int | None = None
-) -> Int[np.ndarray, "windows length"]:
-    """Evaluation windows: consecutive, not overlapping, the remainder left out; the first `limit` of them.
-
-    Raises:
-        InputError: the stream is shorter than one window, or a number is out of range.
-    """
-    if limit is not None and limit < 1:
-        raise InputError(f"windows must be at least 1, found {limit}; leave it out to take all")
-    _check_length(stream, sequence_length)
-    windows = len(stream) // sequence_length
-    windows = windows if limit is None else min(windows, limit)
-    return stream[: windows * sequence_length].reshape(windows, sequence_length).astype(np.int32)
-
-
-def _check_length(stream: np.ndarray, sequence_length: int) -> None:
-    if sequence_length < 2:
-        raise InputError(f"sequence_length must be at least 2, found {sequence_length}")
-    if len(stream) < sequence_length:
-        raise InputError(
-            f"the text has {len(stream)} tokens, shorter than one window of {sequence_length}; "
-            f"give more text or lower `sequence_length`"
-        )
 
 
 def text_hash(text: str) -> str:

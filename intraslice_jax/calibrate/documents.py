@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pydantic_core
 from transformers import PreTrainedTokenizerBase
@@ -86,13 +86,31 @@ class Documents:
     items: Sequence[str | Chat]
     join: str = JOIN
 
-    def rendered(self, tokenizer: PreTrainedTokenizerBase) -> str:
+    def rendered(self, tokenizer: PreTrainedTokenizerBase) -> JoinedText:
         """The documents as one text.
 
         Raises:
             InputError: there are chats, and the tokenizer has no chat template or it does not take them.
         """
-        return self.join.join(d if isinstance(d, str) else _through_template(d, tokenizer) for d in self.items)
+        texts = [d if isinstance(d, str) else _through_template(d, tokenizer) for d in self.items]
+        starts, position = [], 0
+        for text in texts:
+            if text.strip():  # data sets of lines have empty ones
+                starts.append(position + len(text) - len(text.lstrip()))
+            position += len(text) + len(self.join)
+        return JoinedText(self.join.join(texts), tuple(starts))
+
+
+class JoinedText(NamedTuple):
+    """Documents as one text.
+
+    Attributes:
+        text: all of them.
+        starts: where in it each begins, ascending.
+    """
+
+    text: str
+    starts: tuple[int, ...] = (0,)
 
 
 def _through_template(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -76,7 +76,7 @@ class EvaluationSource(NamedTuple):
 
     def rendered(self, tokenizer: PreTrainedTokenizerBase) -> EvaluationText:
         """The text; raises InputError as `Documents.rendered`."""
-        return EvaluationText(self.name, self.documents.rendered(tokenizer), self.windows)
+        return EvaluationText(self.name, self.documents.rendered(tokenizer).text, self.windows)
 
 
 def read_evaluation(

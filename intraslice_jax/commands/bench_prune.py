@@ -46,8 +46,9 @@ def run(options: Options) -> None:
     import numpy as np
 
     from intraslice_jax import api
-    from intraslice_jax.calibrate import data
+    from intraslice_jax.calibrate.data import encode
     from intraslice_jax.calibrate.sources import read_sources
+    from intraslice_jax.calibrate.windows import calibration_windows
     from intraslice_jax.commands._command_line import command_line
     from intraslice_jax.environment import peak_rss_bytes
     from intraslice_jax.evaluate.floor import StageCost, first_layers, measure_pruning
@@ -61,8 +62,9 @@ def run(options: Options) -> None:
     if calibrate.calibration:
         documents = read_sources(calibrate.calibration, calibrate.split, calibrate.column, "--calibration")
         tokenizer = model.require_tokenizer()
-        stream = data.encode(tokenizer, documents.rendered(tokenizer))
-        windows = data.sample_windows(stream, *shape, calibrate.seed)
+        text = documents.rendered(tokenizer)
+        calibrate = dataclasses.replace(calibrate, sequence_length=length)
+        windows = calibration_windows(tokenizer, text, encode(tokenizer, text.text), calibrate)
     else:
         windows = np.random.default_rng(calibrate.seed).integers(0, model.config.vocab_size, shape, dtype=np.int32)
     if options.layers is not None:

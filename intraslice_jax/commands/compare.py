@@ -65,8 +65,9 @@ def run(options: Options) -> None:
     check_output(options.output, options.overwrite)
 
     from intraslice_jax import api
-    from intraslice_jax.calibrate import data
+    from intraslice_jax.calibrate.data import encode, text_hash
     from intraslice_jax.calibrate.sources import read_sources
+    from intraslice_jax.calibrate.windows import calibration_windows
     from intraslice_jax.commands._output import print_table, say, write_json
     from intraslice_jax.environment import peak_rss_bytes
     from intraslice_jax.errors import InputError, RunError
@@ -88,8 +89,8 @@ def run(options: Options) -> None:
     length = window_length(calibrate.sequence_length, model.config.max_position_embeddings)
     tokenizer = model.require_tokenizer()
     text, held_out = documents.rendered(tokenizer), held_out.rendered(tokenizer)
-    stream = data.encode(tokenizer, text)
-    calibration = data.sample_windows(stream, calibrate.samples, length, calibrate.seed)
+    calibrate = dataclasses.replace(calibrate, sequence_length=length)
+    calibration = calibration_windows(tokenizer, text, encode(tokenizer, text.text), calibrate)
     evaluation = api.text_windows(model, held_out.text, length, held_out.windows)
 
     rows: list[Row] = []
@@ -100,8 +101,8 @@ def run(options: Options) -> None:
             "model": model.name,
             "rows": [dataclasses.asdict(row) for row in rows],
             "sequence_length": length,
-            "calibration_text_sha256": data.text_hash(text),
-            "evaluation_text_sha256": data.text_hash(held_out.text),
+            "calibration_text_sha256": text_hash(text.text),
+            "evaluation_text_sha256": text_hash(held_out.text),
             "evaluation_windows": len(evaluation),
             "settings": as_settings(options),
             "versions": versions(),

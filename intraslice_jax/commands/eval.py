@@ -33,6 +33,7 @@ class Options:
         sequence_length: tokens per window; 2,048, or the model's context where that is shorter, if not given. Compare
             only perplexities of the same length.
         windows: how many windows from the start of the text; all if not given.
+        bos: begin each window with the BOS token, as prompts do, in place of its first one.
         tasks: names of lm-evaluation-harness, such as arc_easy,piqa (needs the extra `eval`).
         num_fewshot: examples before each question; what the task says if not given, mostly none.
         limit: only the first so many questions of each task.
@@ -51,6 +52,7 @@ class Options:
     column: str = "text"
     sequence_length: int | None = None
     windows: int | None = None
+    bos: bool = False
     tasks: Names = ()
     num_fewshot: int | None = None
     limit: int | None = None
@@ -88,6 +90,7 @@ def run(options: Options) -> None:
         text = source.rendered(model.require_tokenizer())
         measured = _perplexity(model, text, options)
         facts |= {**dataclasses.asdict(measured), "text": text.name, "text_sha256": text_hash(text.text)}
+        facts["bos"] = options.bos
         rows += _perplexity_rows(measured)
     results: list[TaskResult] = []
     if tasks is not None:
@@ -133,10 +136,13 @@ def _read(options: Options) -> EvaluationSource | None:
 
 def _perplexity(model: LanguageModel, source: EvaluationText, options: Options) -> PerplexityResult:
     from intraslice_jax import api
+    from intraslice_jax.calibrate.windows import with_bos
     from intraslice_jax.evaluate.perplexity import perplexity
     from intraslice_jax.progress import window_progress
 
     windows = api.text_windows(model, source.text, options.sequence_length, source.windows)
+    if options.bos:
+        windows = with_bos(windows, model.require_tokenizer())
     with window_progress("evaluating") as on_batch:
         return perplexity(model, windows, options.batch_size, on_batch)
 
@@ -149,6 +155,7 @@ def _perplexity_rows(result: PerplexityResult) -> list[list[str]]:
         ["perplexity", f"{result.perplexity:.4f}"],
         ["evaluated tokens", number(result.evaluated_tokens)],
         ["sequence length", number(result.sequence_length)],
+        *([f"loss after {band} tokens", f"{loss:.4f}"] for band, loss in result.loss_by_position.items()),
         ["time", duration(result.seconds)],
     ]
 

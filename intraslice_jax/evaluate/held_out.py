@@ -10,7 +10,7 @@ from jaxtyping import Int
 
 from intraslice_jax.calibrate.data import text_hash
 from intraslice_jax.calibrate.sources import EvaluationText
-from intraslice_jax.evaluate.perplexity import perplexity
+from intraslice_jax.evaluate.perplexity import PerplexityResult, perplexity
 from intraslice_jax.model import LanguageModel
 
 
@@ -39,10 +39,16 @@ def measure_both(
         perplexity(model, windows, on_batch=lambda done, _, before=before: on_batch(before + done, 2 * count))
         for model, before in ((dense, 0), (pruned, count))
     ]
+    return {**before_and_after(*values), "text_sha256": text_hash(source.text)}
+
+
+def before_and_after(dense: PerplexityResult, pruned: PerplexityResult) -> dict[str, Any]:
+    """What reports hold of the perplexities of both models on the same windows."""
     return {
-        "dense_perplexity": values[0].perplexity,
-        "pruned_perplexity": values[1].perplexity,
-        "evaluated_tokens": values[1].evaluated_tokens,
-        "sequence_length": windows.shape[1],
-        "text_sha256": text_hash(source.text),
+        "dense_perplexity": dense.perplexity,
+        "pruned_perplexity": pruned.perplexity,
+        "dense_loss_by_position": dense.loss_by_position,
+        "pruned_loss_by_position": pruned.loss_by_position,
+        "evaluated_tokens": pruned.evaluated_tokens,
+        "sequence_length": pruned.sequence_length,
     }

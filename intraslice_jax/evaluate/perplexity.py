@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from intraslice_jax.config import ModelConfig
 from intraslice_jax.errors import InputError, RunError
@@ -20,6 +20,9 @@ from intraslice_jax.models.precision import exact_float32
 from intraslice_jax.parallel.batches import even_batch
 from intraslice_jax.parallel.mesh import ways
 from intraslice_jax.parallel.placement import mesh_of, put_batch, to_host
+
+POSITIONS = (1, 4, 16, 64, 256)
+"""Where the bands of `PerplexityResult.loss_by_position` begin, in tokens before the one that is predicted."""
 
 _MEMORY_BUDGET, _CPU_MEMORY_BUDGET = 2**30, 128 * 2**20  # larger steps do not make a CPU faster
 
@@ -33,6 +36,7 @@ class PerplexityResult:
         evaluated_tokens: predicted tokens: all but the first of every window.
         sequence_length: tokens per window; only perplexities of one length compare.
         mean_nll: mean negative log-likelihood in nats over the predicted tokens.
+        loss_by_position: the same for tokens early and late in their window, as `1-3`: those after one to three others.
         seconds: wall time, compilation included.
     """
 
@@ -40,6 +44,7 @@ class PerplexityResult:
     evaluated_tokens: int
     sequence_length: int
     mean_nll: float
+    loss_by_position: dict[str, float]
     seconds: float
 
 
@@ -66,7 +71,7 @@ def perplexity(
     _check(model.config, windows, batch_size)
     mesh = mesh_of(model.decoder)
     size = even_batch(count, batch_size or ways(mesh) * automatic_batch(model.config, length), ways(mesh))
-    total = 0.0
+    total = np.zeros(length - 1)
     with exact_float32(model.decoder):
         for start in range(0, count, size):
             real = min(size, count - start)
@@ -74,21 +79,29 @@ def perplexity(
             rows = np.minimum(np.arange(start, start + size), count - 1)
             tokens = put_batch(windows[rows].astype(np.int32), mesh)
             nll = token_nll(model.decoder, model.decoder.hidden_states(tokens)[:, :-1], tokens[:, 1:])
-            batch = float(to_host(nll)[:real].sum(dtype=np.float64))
-            if not math.isfinite(batch):
+            batch = to_host(nll)[:real].sum(axis=0, dtype=np.float64)
+            if not np.isfinite(batch).all():
                 raise RunError(f"the loss is not finite: {first_bad_layer(model.decoder, tokens)}")
             total += batch
             if on_batch is not None:
                 on_batch(start + real, count)
     evaluated = count * (length - 1)
-    mean = total / evaluated
+    mean = float(total.sum()) / evaluated
     return PerplexityResult(
         perplexity=math.exp(mean) if mean < 700 else math.inf,
         evaluated_tokens=evaluated,
         sequence_length=length,
         mean_nll=mean,
+        loss_by_position=_by_position(total / count),
         seconds=time.monotonic() - started,
     )
+
+
+def _by_position(losses: Float[np.ndarray, " predicted"]) -> dict[str, float]:
+    """Means over bands of positions; the first loss is that of the token after one other."""
+    starts = [start for start in POSITIONS if start <= len(losses)]
+    bands = zip(starts, [*starts[1:], len(losses) + 1], strict=True)
+    return {f"{start}-{end - 1}": float(losses[start - 1 : end - 1].mean()) for start, end in bands}
 
 
 def automatic_batch(config: ModelConfig, length: int, memory_budget: int | None = None) -> int:

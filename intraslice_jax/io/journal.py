@@ -48,7 +48,7 @@ T = TypeVar("T")
 
 VERSION = 2
 KEPT_STREAMS = 2
-ANEW = "start anew with --overwrite"
+ANEW = "remove the folder of the journal to start anew"
 
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 

@@ -13,10 +13,8 @@ from intraslice_jax.evaluate.compare import Row
 from intraslice_jax.evaluate.plot import plot_rows
 from intraslice_jax.progress import duration
 from intraslice_jax.report import page
-from intraslice_jax.report.run import Perplexity, Run, TaskScore, read_run
+from intraslice_jax.report.run import Key, Perplexity, Run, TaskScore, read_run
 from intraslice_jax.report.single import perplexity_number, times
-
-Key = tuple[str, int, int]
 
 RUNS_ABREAST = 5
 """Columns of runs in a table of tasks; further runs get a table of their own."""

@@ -24,6 +24,9 @@ EVALUATION, MEASURED = {"parameters", "block_parameters", "settings"}, {"perplex
 """A JSON file with all of the first and one of the second is a result of `eval`."""
 
 
+Key = tuple[str, int, int, bool]
+
+
 @dataclass
 class Perplexity:
     """What was measured on one text, before and after.
@@ -33,20 +36,24 @@ class Perplexity:
         sequence_length: tokens per window.
         evaluated_tokens: predicted tokens.
         text_sha256: of the text; only perplexities of the same text, length and number of tokens compare.
+        bos: whether each window begins with the BOS token.
         dense, pruned: None where it was not measured.
+        losses: in nats by band of positions, of `dense` and of `pruned`.
     """
 
     text: str
     sequence_length: int
     evaluated_tokens: int
     text_sha256: str
+    bos: bool = False
     dense: float | None = None
     pruned: float | None = None
+    losses: dict[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
-    def key(self) -> tuple[str, int, int]:
+    def key(self) -> Key:
         """What must be equal for two perplexities to compare."""
-        return self.text_sha256, self.sequence_length, self.evaluated_tokens
+        return self.text_sha256, self.sequence_length, self.evaluated_tokens, self.bos
 
 
 @dataclass
@@ -89,8 +96,10 @@ def read_run(folder: str | Path) -> Run:
     texts, tasks = [], []
     for text, values in report.get("texts", {}).items():
         counts = values["sequence_length"], values["evaluated_tokens"]
-        perplexities = values["dense_perplexity"], values["pruned_perplexity"]
-        texts.append(Perplexity(text, *counts, values["text_sha256"], *perplexities))
+        found = Perplexity(text, *counts, values["text_sha256"])
+        for which in ("dense", "pruned"):
+            _measured(found, which, values[f"{which}_perplexity"], values.get(f"{which}_loss_by_position", {}))
+        texts.append(found)
     for path in sorted(folder.glob("*.json")):
         results = _evaluation(path)
         if results is None:
@@ -100,7 +109,8 @@ def read_run(folder: str | Path) -> Run:
             log.warning("%s: left out, it measures neither the dense nor the pruned model of this run", path)
             continue
         if "perplexity" in results:
-            setattr(_perplexity(texts, results), which, results["perplexity"])
+            found = _perplexity(texts, results)
+            _measured(found, which, results["perplexity"], results.get("loss_by_position", {}))
         _add_tasks(tasks, results.get("tasks", []), which)
     return Run(folder.resolve().name, report, texts, tasks)
 
@@ -145,12 +155,19 @@ def _which(report: Mapping[str, Any], results: Evaluation) -> str | None:
 def _perplexity(known: list[Perplexity], results: Mapping[str, Any]) -> Perplexity:
     hashed = results["text_sha256"]
     name = results.get("text", f"text {hashed[:8]}")  # early versions did not note the name
-    new = Perplexity(name, results["sequence_length"], results["evaluated_tokens"], hashed)
+    bos = results.get("bos", False)
+    name = f"{name} after BOS" if bos else name
+    new = Perplexity(name, results["sequence_length"], results["evaluated_tokens"], hashed, bos)
     for perplexity in known:
         if perplexity.key == new.key:
             return perplexity
     known.append(new)
     return new
+
+
+def _measured(text: Perplexity, which: str, perplexity: float, losses: Mapping[str, float]) -> None:
+    setattr(text, which, perplexity)
+    text.losses[which] = losses
 
 
 def _add_tasks(known: list[TaskScore], results: Sequence[TaskScores], which: str) -> None:

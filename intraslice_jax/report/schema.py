@@ -29,6 +29,9 @@ Error = Annotated[float, Field(ge=-1e100, le=1e100)]
 PositiveOrInfinite = Annotated[float, Field(gt=0)]
 """A perplexity; of a ruined model it is infinite."""
 
+Losses = dict[Annotated[str, Field(max_length=32)], float]
+"""Nats per token by band of positions, as `1-3`."""
+
 MAX_LAYERS = MAX_HEADS = 1024
 _open = with_config(ConfigDict(extra="allow"))
 """Keys that nobody reads are kept."""
@@ -115,6 +118,8 @@ class MeasuredText(TypedDict):
 
     dense_perplexity: PositiveOrInfinite
     pruned_perplexity: PositiveOrInfinite
+    dense_loss_by_position: NotRequired[Losses]
+    pruned_loss_by_position: NotRequired[Losses]
     evaluated_tokens: Count
     sequence_length: Count
     text_sha256: str
@@ -221,6 +226,8 @@ class Evaluation(TypedDict):
     text_sha256: NotRequired[str]
     sequence_length: NotRequired[Count]
     evaluated_tokens: NotRequired[Count]
+    loss_by_position: NotRequired[Losses]
+    bos: NotRequired[bool]
     tasks: NotRequired[list[TaskScores]]
 
 

@@ -51,6 +51,8 @@ def run_page(run: Run, images: Mapping[str, bytes]) -> str:
     parts = [page.heading(title, 1), page.paragraph(_calibration(report), "note"), page.cards(_cards(run))]
     if run.perplexities:
         parts += [page.heading("Perplexity"), page.table(perplexity_rows(run))]
+        losses = loss_rows(run)
+        parts += [page.folded("Loss by position", page.table(losses))] if len(losses) > 1 else []
     if run.tasks:
         parts += [page.heading("Tasks"), page.table(task_rows(run.tasks))]
     if report.get("samples"):
@@ -76,6 +78,17 @@ def perplexity_rows(run: Run) -> list[list[str]]:
         rows.append(
             [found.text, *counts, perplexity_number(found.dense), perplexity_number(found.pruned), times(found)]
         )
+    return rows
+
+
+def loss_rows(run: Run) -> list[list[str]]:
+    """A line per text and band of positions, of those that have been measured on both models."""
+    rows = [["text", "tokens before", "dense", "pruned", "change in nats"]]
+    for found in run.perplexities:
+        dense, pruned = (found.losses.get(which, {}) for which in ("dense", "pruned"))
+        for band in (band for band in dense if band in pruned):
+            values = dense[band], pruned[band]
+            rows.append([found.text, band, *(f"{value:.3f}" for value in values), f"{values[1] - values[0]:+.3f}"])
     return rows
 
 

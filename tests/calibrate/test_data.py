@@ -18,13 +18,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from intraslice_jax.calibrate import data, documents
-from intraslice_jax.calibrate.data import (
-    consecutive_windows,
-    encode,
-    read_dataset,
-    sample_windows,
-    text_hash,
-)
+from intraslice_jax.calibrate.data import encode, read_dataset, text_hash
 from intraslice_jax.calibrate.documents import Documents, read_files
 from intraslice_jax.calibrate.sources import read_evaluation, read_sources
 from intraslice_jax.errors import InputError
@@ -127,11 +121,11 @@ class TestFiles:
     def test_documents_are_joined_by_an_empty_line(self, tmp_path):
         (tmp_path / "a").write_text("a")
         (tmp_path / "b.jsonl").write_bytes(lines({"body": "b"}, {"body": CHAT}))
-        text = read_files([str(tmp_path / "b.jsonl"), tmp_path / "a"], "body").rendered(chatty(tmp_path))
+        text = read_files([str(tmp_path / "b.jsonl"), tmp_path / "a"], "body").rendered(chatty(tmp_path)).text
         assert text == "b\n\n[user] Hi é\n[assistant] Hello\n\n\na"
         sources = read_sources([str(tmp_path / "b.jsonl"), str(tmp_path / "a")], "train", "body", "--calibration")
         evaluated = read_evaluation([str(tmp_path / "b.jsonl"), str(tmp_path / "a")], None, None, "body", 3)
-        assert sources.rendered(chatty(tmp_path)) == text
+        assert sources.rendered(chatty(tmp_path)).text == text
         assert evaluated.rendered(chatty(tmp_path)) == ("b.jsonl, a", text, 3)
 
     def test_rows_without_text_are_counted(self, tmp_path, caplog):
@@ -356,42 +350,6 @@ class TestDataSets:
         assert joined(read_dataset("c4", split=None)) == "0 1 2"
         with pytest.raises(InputError, match="no split 'test'; its splits are validation"):
             read_dataset("c4", split="test")
-
-
-class TestWindows:
-    def test_positions_are_the_fields(self):
-        stream = np.arange(1000, dtype=np.int32)
-        draw = random.Random(3)
-        expected = [draw.randint(0, 1000 - 64 - 1) for _ in range(5)]
-        windows = sample_windows(stream, 5, 64, seed=3)
-        assert windows.dtype == np.int32
-        np.testing.assert_array_equal(windows, np.array(expected)[:, None] + np.arange(64))
-        assert not np.array_equal(windows, sample_windows(stream, 5, 64, seed=4))
-
-    def test_consecutive_windows_leave_the_remainder_out(self):
-        stream = np.arange(25, dtype=np.int32)
-        np.testing.assert_array_equal(consecutive_windows(stream, 10), np.arange(20).reshape(2, 10))
-        np.testing.assert_array_equal(consecutive_windows(stream, 10, limit=1), np.arange(10)[None])
-        assert consecutive_windows(stream, 5, limit=9).shape == (5, 5)
-
-    def test_a_stream_of_one_window_and_a_constant_one(self):
-        stream = np.full(16, 7, np.int32)
-        np.testing.assert_array_equal(sample_windows(stream, 2, 16, seed=0), np.full((2, 16), 7))
-        assert consecutive_windows(stream, 16).shape == (1, 16)
-
-    @pytest.mark.parametrize("make", [lambda s: sample_windows(s, 1, 17, 0), lambda s: consecutive_windows(s, 17)])
-    def test_a_stream_shorter_than_a_window(self, make):
-        with pytest.raises(InputError, match=r"16 tokens, shorter than one window of 17"):
-            make(np.zeros(16, np.int32))
-
-    def test_numbers_out_of_range(self):
-        stream = np.zeros(16, np.int32)
-        with pytest.raises(InputError, match="samples must be at least 1, found 0"):
-            sample_windows(stream, 0, 4, 0)
-        with pytest.raises(InputError, match="sequence_length must be at least 2, found 1"):
-            consecutive_windows(stream, 1)
-        with pytest.raises(InputError, match="windows must be at least 1, found 0"):
-            consecutive_windows(stream, 4, limit=0)
 
 
 def test_encode_adds_no_special_token_and_does_not_warn(tmp_path):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from intraslice_jax.calibrate.data import consecutive_windows, encode, sample_windows
+from intraslice_jax.calibrate.data import encode
+from intraslice_jax.calibrate.windows import consecutive_windows, sample_windows
 from intraslice_jax.config import PruneConfig
 from intraslice_jax.convert import export, load
 from intraslice_jax.convert.families import FAMILIES

@@ -67,7 +67,7 @@ def _writes(name: str, content: bytes) -> Callable[[Path], Path]:
 
 def _read_text(folder: Path) -> str:
     file = next(path for path in folder.iterdir() if path.is_file())
-    return read_files([file]).rendered(_tokenizer())
+    return read_files([file]).rendered(_tokenizer()).text
 
 
 _KEPT: list[PreTrainedTokenizerFast] = []
@@ -144,7 +144,7 @@ def _read_tokenizer(folder: Path) -> object:
     if tokenizer is None:
         return None
     encode(tokenizer, "the words of é 🦙 text </s>\n" * 3)
-    return read_files([_chats(folder)]).rendered(tokenizer) if tokenizer.chat_template else None
+    return read_files([_chats(folder)]).rendered(tokenizer).text if tokenizer.chat_template else None
 
 
 def _chats(folder: Path) -> Path:
