@@ -269,7 +269,7 @@ class PruneConfig:
             given, or what a file of ratios removes. `target_sparsity` is the number.
         method: the pruning method, a name of `intraslice_jax.prune.methods`.
         ratios: what spreads it over layers and modules: `uniform`, `fisher`, `fisher_pca`, `fisher_components`, `kl`,
-            `kl_curves`, `search`, or a JSON or YAML file with the lists `attention` and `mlp` and perhaps `heads`
+            `search`, or a JSON or YAML file with the lists `attention` and `mlp` and perhaps `heads`
             (then the file says how much is removed, too, and must not contradict `sparsity`).
         max_ratio: the most that a layer's attention or MLP may lose.
         kind_bias: the ratio of all attentions divided by the ratio of all MLPs.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
-from scipy.optimize import isotonic_regression
+from scipy.optimize import root_scalar
 
 from intraslice_jax.config import LayerShape, ModelConfig, PruneConfig
 from intraslice_jax.errors import InputError, RunError
@@ -76,17 +76,21 @@ def allocate_evenly(config: ModelConfig, prune: PruneConfig) -> LayerRatios:
     )
 
 
-def allocate_by_curves(
+EXPONENTS = (1.4, 6.0)
+"""Between these are the powers with which costs grow. Below the first the least noise would decide between nothing and
+all of a module."""
+
+
+def allocate_by_costs(
     config: ModelConfig,
-    points: tuple[float, ...],
+    points: Sequence[float],
     costs: tuple[Float[np.ndarray, "layers points"], Float[np.ndarray, "layers points"]],
     prune: PruneConfig,
 ) -> LayerRatios:
     """Ratios of all modules, attentions and MLPs together, whose costs add up to the least within the budget.
 
-    Between its points a module's cost is a power of the ratio; below the first one it is taken to grow with the square,
-    beyond the last one as between the last two. At the minimum one more parameter costs the same in every module,
-    except where a cap cuts.
+    The cost of a module is a power of its ratio (`power_laws`). At the minimum one more parameter costs the same in
+    every module, except where a cap cuts (docs/method.md 6.3).
 
     Args:
         config: the model.
@@ -100,44 +104,32 @@ def allocate_by_curves(
     kinds = modules(config, prune)
     check_reachable(*kinds, prune)
     both = Modules(*(np.concatenate([getattr(kind, name) for kind in kinds]) for name in ("parameters", "caps")))
-    steps, prices = _marginal_costs(points, np.concatenate(costs), both)
+    scale, exponent = power_laws(points, np.concatenate(costs))
+
+    def at(price: float) -> Float[np.ndarray, " modules"]:
+        """The ratios where one more parameter costs so much, a logarithm."""
+        logs = (price + np.log(both.parameters) - scale - np.log(exponent)) / (exponent - 1)
+        return np.minimum(np.exp(np.minimum(logs, 0)), both.caps)
+
     target = both.target(prune.target_sparsity)
-    # The cheapest steps of all modules first; the last one goes in part.
-    order = np.argsort(prices, axis=None, kind="stable")
-    sizes = (np.diff(steps, axis=1) * both.parameters[:, None]).reshape(-1)[order]
-    before = np.cumsum(sizes) - sizes
-    taken = np.zeros(prices.size)
-    taken[order] = np.clip((target - before) / np.maximum(sizes, np.finfo(np.float64).tiny), 0, 1)
-    ratios = (taken.reshape(prices.shape) * np.diff(steps, axis=1)).sum(1)
-    ratios = cap_and_spread(ratios, both, target)
-    attention, mlp = (tuple(float(r) for r in part) for part in np.split(ratios, 2))
+    found = root_scalar(lambda price: at(price) @ both.parameters - (1 - 1e-9) * target, bracket=(-500.0, 500.0))
+    attention, mlp = (tuple(map(float, part)) for part in np.split(cap_and_spread(at(found.root), both, target), 2))
     return LayerRatios(attention, mlp)
 
 
-STEPS = 5000
-"""Into how many steps a module's range of ratios is cut."""
+def power_laws(
+    points: Sequence[float], costs: Float[np.ndarray, "modules points"]
+) -> tuple[Float[np.ndarray, " modules"], Float[np.ndarray, " modules"]]:
+    """Of each module's cost exp(a) ratio^p the logarithm a of its scale and its exponent p, 2 from a single point.
 
-
-def _marginal_costs(
-    points: tuple[float, ...], costs: Float[np.ndarray, "modules points"], group: Modules
-) -> tuple[Float[np.ndarray, "modules steps_1"], Float[np.ndarray, "modules steps"]]:
-    """Ratios from 0 to each module's cap, and the cost of a parameter on the way from one to the next.
-
-    The costs never fall along a module: what a curve gives back is spread evenly over the steps before it, which makes
-    it convex.
+    Least squares of the logarithms; the exponents stay within `EXPONENTS`.
     """
-    steps = np.linspace(0.0, 1.0, STEPS + 1)[None] * group.caps[:, None]
-    log_points, log_costs = np.log(np.asarray(points)), np.log(np.maximum.accumulate(costs, axis=1))
-    logs = np.log(np.maximum(steps, 1e-12))
-    curves = np.empty_like(steps)
-    for i, (x, y) in enumerate(zip(logs, log_costs, strict=True)):
-        last = (y[-1] - y[-2]) / (log_points[-1] - log_points[-2]) if len(y) > 1 else 2.0
-        inside = np.interp(x, log_points, y)
-        below, above = y[0] + 2.0 * (x - log_points[0]), y[-1] + last * (x - log_points[-1])
-        curves[i] = np.exp(np.where(x < log_points[0], below, np.where(x > log_points[-1], above, inside)))
-    curves[:, 0] = 0.0
-    prices = np.diff(curves, axis=1) / np.maximum(np.diff(steps, axis=1) * group.parameters[:, None], 1e-300)
-    return steps, np.stack([isotonic_regression(row).x for row in prices])
+    logs, x = np.log(costs), np.log(np.asarray(points))
+    exponent = np.full(len(costs), 2.0)
+    if len(points) > 1:
+        apart = x - x.mean()
+        exponent = np.clip(logs @ apart / (apart @ apart), *EXPONENTS)
+    return logs.mean(1) - exponent * x.mean(), exponent
 
 
 def _per_kind(config: ModelConfig, prune: PruneConfig, ratios_of) -> LayerRatios:

@@ -21,11 +21,24 @@ layers of a small model."""
 CONTEXT = 512
 """Tokens of a held-out window that are read: all layers behind a module run over them for every measurement."""
 
+EARLY, EARLY_WINDOWS, LATE, LATE_WINDOWS = 64, 12, 256, 2
+"""Tokens and windows on which modules are judged, see `judging`."""
+
 
 def split_windows(windows: Int[np.ndarray, "samples seq"]) -> tuple[np.ndarray, np.ndarray]:
     """Windows to calibrate on, and the last ones, which are held out; a single window is both."""
     held_out = held_out_count(len(windows))
     return (windows[:-held_out] if len(windows) > held_out else windows), windows[-held_out:]
+
+
+def judging(windows: Int[np.ndarray, "samples seq"]) -> tuple[np.ndarray, np.ndarray]:
+    """What single modules are judged on: the first tokens of windows from all over the text, and held-out windows.
+
+    Prompts are short: a module may matter at their first tokens only, of which long windows have few. These windows are
+    calibrated on, too, but their first tokens are a small part of that.
+    """
+    spread = np.linspace(0, len(windows) - 1, min(EARLY_WINDOWS, len(windows))).round().astype(int)
+    return windows[spread, :EARLY], split_windows(windows)[1][-LATE_WINDOWS:, :LATE]
 
 
 @dataclass

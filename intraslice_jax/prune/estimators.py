@@ -264,7 +264,6 @@ ESTIMATORS: dict[str, Estimator] = {
     "fisher_pca": FisherPCA(),
     "fisher_components": FisherComponents(),
     "kl": KLSensitivity(),
-    "kl_curves": KLSensitivity((0.5, 1.0, 1.75)),
     "search": Search(),
 }
 """Known estimators; may be added to."""

@@ -10,9 +10,9 @@ from jaxtyping import Float, Int
 from intraslice_jax.calibrate.gradients import OnBatch
 from intraslice_jax.config import PruneConfig
 from intraslice_jax.model import LanguageModel
-from intraslice_jax.prune.allocation import allocate_by_curves, allocate_evenly
+from intraslice_jax.prune.allocation import allocate_by_costs, allocate_evenly
 from intraslice_jax.prune.budget import LayerRatios, narrowest
-from intraslice_jax.prune.divergence import Tail, split_windows
+from intraslice_jax.prune.divergence import Tail, judging, split_windows
 from intraslice_jax.prune.resume import Resumable, RunLog
 from intraslice_jax.prune.trials import Trials, variants
 
@@ -27,14 +27,9 @@ LEAST_COST = 1e-7
 class KLSensitivity(Resumable):
     """One module after the other is pruned, all else dense, and the KL divergence is what that costs.
 
-    The divergence is that of the next-token distribution from the dense model's on held-out windows.
-
-    Attributes:
-        points: at which multiples of the wanted sparsity each module is pruned, ascending. Between them and beyond, the
-            cost is interpolated (`allocation.allocate_by_curves`).
+    The divergence is that of the next-token distribution from the dense model's. Each module is pruned at two
+    ratios, the wanted one and another, which shows how its cost grows.
     """
-
-    points: tuple[float, ...] = (1.0,)
 
     def resumed(
         self,
@@ -44,15 +39,24 @@ class KLSensitivity(Resumable):
         on_batch: OnBatch | None,
         run_log: RunLog | None,
     ) -> LayerRatios:
-        """Ratios of the least total cost, going on behind the layers of which the log has measurements.
+        """Ratios of the least total cost, going on after the layers of which the log has measurements.
 
         `on_batch` is told the measurements done and their number.
         """
         if config.target_sparsity == 0:
             return allocate_evenly(model.config, config)
-        ratios = tuple(sorted({min(config.target_sparsity * point, config.max_ratio) for point in self.points}))
+        ratios = measured_ratios(config.target_sparsity)
         costs = divergences(model, windows, config, ratios, on_batch, run_log)
-        return allocate_by_curves(model.config, ratios, costs, config)
+        return allocate_by_costs(model.config, ratios, costs, config)
+
+
+FAR, NEAR = 0.75, 0.5
+"""The second ratio at which modules are pruned; half of the wanted one instead where that is above the other of these."""
+
+
+def measured_ratios(sparsity: float) -> tuple[float, float]:
+    """At which ratios each module is pruned, ascending."""
+    return (sparsity, FAR) if sparsity <= NEAR else (sparsity / 2, sparsity)
 
 
 def divergences(
@@ -67,14 +71,15 @@ def divergences(
 
     Args:
         model: dense, or pruned before.
-        windows: int32 calibration tokens. The last ones are held out for the divergence, unless there is but one.
+        windows: int32 calibration tokens. The last ones are held out, unless there is but one; `judging` says what the
+            divergence is measured on.
         config: the method.
         ratios: at which each module is pruned.
         on_batch: told the measurements done and their number, before the first and after each.
         run_log: keeps what was measured, layer by layer.
     """
-    train, held_out = split_windows(windows)
-    tail = Tail.start(model, held_out)
+    train, _ = split_windows(windows)
+    tails = [Tail.start(model, part) for part in judging(windows)]
     costs = np.zeros((2, model.config.num_layers, len(ratios)))
     measured = [] if run_log is None else run_log.get(MEASURED, list[tuple[list[float], list[float]]]) or []
     for layer, found in enumerate(measured):
@@ -90,8 +95,9 @@ def divergences(
 
     found = variants(model, train, config, trials, first)
     for done, variant in enumerate(found, first * 2 * len(ratios) + 1):
-        tail.advance_to(variant.layer)
-        costs[variant.kind, variant.layer, variant.number] = tail.divergence(variant.block)
+        for tail in tails:
+            tail.advance_to(variant.layer)
+            costs[variant.kind, variant.layer, variant.number] += tail.divergence(variant.block) / len(tails)
         if run_log is not None and (variant.kind, variant.number) == (1, len(ratios) - 1):
             measured.append(tuple(costs[:, variant.layer].tolist()))
             run_log.put(MEASURED, measured)
