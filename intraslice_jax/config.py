@@ -269,8 +269,8 @@ class PruneConfig:
             given, or what a file of ratios removes. `target_sparsity` is the number.
         method: the pruning method, a name of `intraslice_jax.prune.methods`.
         ratios: what spreads it over layers and modules: `uniform`, `fisher`, `fisher_pca`, `fisher_components`, `kl`,
-            `search`, or a JSON or YAML file with the lists `attention` and `mlp` and perhaps `heads`
-            (then the file says how much is removed, too, and must not contradict `sparsity`).
+            or a JSON or YAML file with the lists `attention` and `mlp` and perhaps `heads` (then the file says how much
+            is removed, too, and must not contradict `sparsity`).
         max_ratio: the most that a layer's attention or MLP may lose.
         kind_bias: the ratio of all attentions divided by the ratio of all MLPs.
         gradient_group: calibration sequences whose gradients are summed before they are squared.
@@ -292,9 +292,6 @@ class PruneConfig:
             of the greatest effect on the module's output (`outputs`).
         pair_selection: how RoPE pairs are chosen: `products` (the paper's) by the mean |q k| of one position, `logits`
             by their joint effect on the attention logits, kept pairs making up for dropped ones.
-        search_rounds: of `ratios: search`, at most.
-        search_seconds: after which a search takes the best it has, 0 for no limit; with a limit the result depends on
-            the machine.
         loss_weight: how much more tokens count in the second moments when the dense model's loss gradient is larger at
             them: 0 not at all, 1 in proportion to its squared norm.
         dense_targets: how far each module may go beyond its own unpruned output on the pruned model's stream, towards
@@ -324,8 +321,6 @@ class PruneConfig:
     selection_noise: float = 0.0
     value_basis: Literal["activations", "outputs"] = "activations"
     pair_selection: Literal["products", "logits"] = "products"
-    search_rounds: int = 2
-    search_seconds: float = 0.0
     loss_weight: float = 0.0
     dense_targets: float = 0.0
     refine: int = 0
@@ -360,10 +355,6 @@ class PruneConfig:
             raise InputError(f"value_basis must be activations or outputs, found {self.value_basis!r}")
         if self.pair_selection not in ("products", "logits"):
             raise InputError(f"pair_selection must be products or logits, found {self.pair_selection!r}")
-        if self.search_rounds < 1:
-            raise InputError(f"search_rounds must be at least 1, found {self.search_rounds}")
-        if not 0 <= self.search_seconds < float("inf"):
-            raise InputError(f"search_seconds must be 0 (no limit) or more, found {self.search_seconds}")
         if not 0 <= self.loss_weight <= 1:
             raise InputError(f"loss_weight must be in [0, 1], found {self.loss_weight}; 0 counts all tokens alike")
         if not 0 <= self.dense_targets <= 1:
@@ -399,8 +390,6 @@ class PruneSettings(TypedDict, total=False):
     selection_noise: float
     value_basis: Literal["activations", "outputs"]
     pair_selection: Literal["products", "logits"]
-    search_rounds: int
-    search_seconds: float
     loss_weight: float
     dense_targets: float
     refine: int

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from intraslice_jax.commands._types import Config, Dtype, JsonOutput, Model
-from intraslice_jax.config import DEFAULT_PRESET, PruneConfig, check_refine, preset, window_length
+from intraslice_jax.config import DEFAULT_PRESET, check_refine, preset, window_length
 
 if TYPE_CHECKING:
     from intraslice_jax.planning.devices import Accelerator
@@ -30,7 +30,7 @@ class Options:
         ratios: as for `prune`; those of a file count as uniform ones.
         refine: passes of the refinement, as for `prune`; it needs all weights on the devices.
         dense_targets: as for `prune`; above 0 the dense model's stream and further moments are held.
-        search_rounds, sparsity, samples, sequence_length, memory_budget: as for `prune`.
+        sparsity, samples, sequence_length, memory_budget: as for `prune`.
         dtype: of the weights.
         output: JSON file to write the plan to.
         overwrite: replace it if it exists.
@@ -47,7 +47,6 @@ class Options:
     sparsity: float = 0.3
     ratios: str | None = None
     refine: int | None = None
-    search_rounds: int = PruneConfig.search_rounds
     dense_targets: float = 0.0
     samples: int = 128
     sequence_length: int | None = None
@@ -90,7 +89,6 @@ def run(options: Options) -> None:
         options.sparsity,
         ratios,
         refine,
-        options.search_rounds,
         options.dense_targets,
     )
     rates = _rates(options.flops, accelerator)

@@ -40,9 +40,7 @@ def stage_seconds(config: ModelConfig, prune: PruneConfig, samples: int, seq: in
         rate: float32 operations per second of all devices together (`intraslice_jax.planning.stages.measured_rate`).
     """
     small = typical(config, prune)
-    run = Run(
-        "", "device", samples, seq, 0, "float32", prune.target_sparsity, prune.ratios, prune.refine, prune.search_rounds
-    )
+    run = Run("", "device", samples, seq, 0, "float32", prune.target_sparsity, prune.ratios, prune.refine)
     floors = loop_flops(config, small, samples, seq)
     loop = {
         "attention": float(floors["attention moments"]),

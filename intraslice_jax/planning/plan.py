@@ -41,7 +41,6 @@ class Run:
     sparsity: float = 0.3
     ratios: str = "uniform"
     refine: int = 0
-    search_rounds: int = PruneConfig.search_rounds
     dense_targets: float = 0.0
 
 

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 
+from intraslice_jax.calibrate.held_out import held_out_count
 from intraslice_jax.models.decoder import abstract_arrays
 from intraslice_jax.parallel.rules import RULES
 from intraslice_jax.planning.memory import Residency, Setting, layer_arrays, shard_bytes, standing, stream_bytes, widest
 from intraslice_jax.planning.programs import Program
+from intraslice_jax.prune.divergence import judging_shapes
 
 
 def gradients_phase(
@@ -60,8 +62,6 @@ def kl_phase(
     loop: Mapping[str, Mapping[str, int]],
     programs: Mapping[str, Program],
     residency: Residency,
-    held_out: int,
-    tokens: int,
 ) -> dict[str, int]:
     """By part, where the sum is largest while modules are pruned alone and their divergences measured.
 
@@ -70,19 +70,21 @@ def kl_phase(
         loop: `intraslice_jax.planning.memory.phases` of the same run.
         programs: of `WholeModelSteps.kl`.
         residency: where the weights wait.
-        held_out: windows on which is measured.
-        tokens: that are read of them.
     """
-    mesh, share = setting.mesh, 1 - held_out / setting.samples if held_out < setting.samples else 1
-    parts = 1 if held_out % mesh.data else mesh.data
-    held = tokens // parts * setting.dense.hidden_size * jnp.dtype(setting.dtype).itemsize
+    mesh, held_out = setting.mesh, held_out_count(setting.samples)
+    share = 1 - held_out / setting.samples if held_out < setting.samples else 1
+    tokens = sum(
+        windows * seq // (1 if windows % mesh.data else mesh.data)
+        for windows, seq in judging_shapes(setting.samples, setting.seq)
+    )
+    judging = tokens * setting.dense.hidden_size * jnp.dtype(setting.dtype).itemsize
     found = standing(setting, residency)
     base = {
         "weights at rest": found["weights at rest"],
         "pruned layers": setting.layer(setting.pruned),  # only the one at hand
         "layer in use": found["layer in use"],
         "residual stream": int(share * found["residual stream"]),
-        "held-out windows": held,
+        "judging windows": judging,
     }
     # What was kept of a layer's attention stays while its MLP is at work.
     mixed = loop["head moments"]["kept activations"]
@@ -97,13 +99,13 @@ def kl_phase(
         whole
         | {
             "layer in use": base["layer in use"] + another,
-            "held-out windows": 2 * held,
+            "judging windows": 2 * judging,
             "step temporaries": block.new_bytes + block.temporary_bytes,
         },
         whole
         | {
             "layer in use": base["layer in use"] + head_bytes(setting),
-            "held-out windows": 2 * held,
+            "judging windows": 2 * judging,
             "step temporaries": loss.new_bytes + loss.temporary_bytes,
         },
     ]

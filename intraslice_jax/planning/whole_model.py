@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,9 +15,8 @@ from intraslice_jax.planning.memory import Residency, Setting
 from intraslice_jax.planning.programs import Program
 from intraslice_jax.planning.whole_memory import gradients_phase, kept_windows, kl_phase, refinement_phase
 from intraslice_jax.planning.whole_programs import WholeModelSteps
-from intraslice_jax.planning.whole_stages import judged, read_tokens
+from intraslice_jax.prune.divergence import judging_shapes
 from intraslice_jax.prune.estimators import FromGradients, find_estimator
-from intraslice_jax.prune.search import Search
 from intraslice_jax.prune.sensitivity import KLSensitivity
 
 if TYPE_CHECKING:
@@ -31,13 +31,11 @@ class WholeModel:
         setting: of the run.
         programs: those that it needs, by stage and step.
         batch: sequences of one step of the mask gradients, over all devices; 0 if there is none.
-        searches: whether widths are searched.
     """
 
     setting: Setting
     programs: Mapping[str, Program]
     batch: int
-    searches: bool = False
 
     @classmethod
     def of(cls, setting: Setting, run: Run, steps: WholeModelSteps) -> WholeModel:
@@ -53,12 +51,11 @@ class WholeModel:
                 most = rows * automatic_batch(setting.dense, seq, estimator.matrices, setting.budget)
             batch = even_batch(samples, most, rows)
             programs |= steps.gradients(batch, estimator.matrices)
-        if isinstance(estimator, KLSensitivity | Search):
-            held = held_out_count(samples)
-            programs |= steps.kl(held, read_tokens(seq), judged(held, read_tokens(seq)))
+        if isinstance(estimator, KLSensitivity):
+            programs |= steps.kl(*max(judging_shapes(samples, seq), key=math.prod))
         if run.refine and samples > held_out_count(samples):
             programs |= steps.refinement()
-        return cls(setting, programs, batch, isinstance(estimator, Search))
+        return cls(setting, programs, batch)
 
     def phases(self, loop: Mapping[str, Mapping[str, int]], residency: Residency) -> dict[str, dict[str, int]]:
         """Bytes on the first device by stage, and by part.
@@ -73,15 +70,7 @@ class WholeModel:
         if self.batch:
             found["gradients"] = gradients_phase(setting, programs, residency, self.batch)
         if "kl: block" in programs:
-            held = held_out_count(setting.samples)
-            tokens = held * read_tokens(setting.seq)
-            found["kl"] = kl_phase(setting, loop, programs, residency, held, tokens)
-            if self.searches:
-                # The best candidate, pruned and in the dense shapes, waits while the next one is pruned or measured.
-                layers = setting.dense.num_layers if residency == "device" else 1
-                candidate = layers * (setting.layer(setting.dense) + setting.layer(setting.pruned))
-                at_work = max(found["kl"], *loop.values(), key=lambda parts: sum(parts.values()))
-                found["search"] = {**at_work, "candidate": candidate}
+            found["kl"] = kl_phase(setting, loop, programs, residency)
         if "refinement: update" in programs and residency == "device":
             kept = kept_windows(setting.samples, held_out_count(setting.samples), setting.mesh.data)
             found["refinement"] = refinement_phase(setting, programs, kept)

@@ -43,21 +43,20 @@ class WholeModelSteps(Steps):
             "gradients: backward": analysed(backward.compile()),
         }
 
-    def kl(self, batch: int, read: int, judged: int) -> dict[str, Program]:
-        """Of one measurement of `--ratios kl` on the held-out windows, which go through the layers all at once.
+    def kl(self, batch: int, seq: int) -> dict[str, Program]:
+        """Of one measurement of `--ratios kl` on windows that go through the layers all at once.
 
         Args:
             batch: windows; whole on every device where the mesh does not divide them.
-            read: tokens of each that go through the layers.
-            judged: those of them for which the head is applied.
+            seq: tokens of each.
         """
         axes = (DATA,) if batch % ways(self._mesh) == 0 else ()
         hidden = self._config.hidden_size
-        x, seen = (self._array((batch, seq, hidden), self._dtype, *axes) for seq in (read, judged))
-        table: Any = self._array((1, read, self._config.rotary_dim // 2), jnp.float32)
+        x = self._array((batch, seq, hidden), self._dtype, *axes)
+        table: Any = self._array((1, seq, self._config.rotary_dim // 2), jnp.float32)
         with jax.default_matmul_precision("highest"), heads_together():
             block = run_block.lower(self._block(self._dense), x, RopeTable(table, table))
-            loss = self._head(head._predictions, seen, split=bool(axes))
+            loss = self._head(head._predictions, x, split=bool(axes))
         return {"kl: block": analysed(block.compile()), "kl: loss": analysed(loss.compile())}
 
     def refinement(self) -> dict[str, Program]:

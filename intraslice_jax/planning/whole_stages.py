@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 from intraslice_jax.calibrate.held_out import held_out_count
 from intraslice_jax.config import ModelConfig
 from intraslice_jax.planning.memory import MeshSizes
-from intraslice_jax.prune import divergence
+from intraslice_jax.prune.divergence import judging_shapes
 from intraslice_jax.prune.estimators import FromGradients, find_estimator
-from intraslice_jax.prune.search import Search
-from intraslice_jax.prune.sensitivity import KLSensitivity
+from intraslice_jax.prune.sensitivity import RATIOS, KLSensitivity
 
 if TYPE_CHECKING:
     from intraslice_jax.planning.plan import Run
@@ -54,41 +53,20 @@ def whole_model_work(config: ModelConfig, pruned: ModelConfig, run: Run, mesh: M
     estimator = find_estimator(run.ratios)
     if isinstance(estimator, FromGradients):
         found["gradients"] = Work(gradient_flops(config, samples, seq, estimator.matrices) / mesh.devices)
-    if isinstance(estimator, KLSensitivity | Search):
-        held, read = held_out_count(samples), read_tokens(seq)
+    if isinstance(estimator, KLSensitivity):
+        held = held_out_count(samples)
         share = (samples - held) / samples if samples > held else 1.0
-        # Windows that the mesh does not divide go through every row of devices.
-        devices = mesh.model if held % mesh.data else mesh.devices
-
-        def measuring(points: int) -> float:
-            return divergence_flops(config, held, held * judged(held, read), read, points) / devices
-
-        points = len(estimator.points) if isinstance(estimator, KLSensitivity) else 1
-        found["kl"] = Work(measuring(points), share, share * points, points)
-        if isinstance(estimator, Search):
-            # A round prunes two candidates, and each layer's attention in six ways and its MLP in two.
-            rounds = run.search_rounds
-            pruned_models = 1 + 2 * rounds
-            found["search"] = Work(
-                rounds * measuring(4),
-                share * (rounds + pruned_models),
-                share * (6 * rounds + pruned_models),
-                4 * rounds + pruned_models,
+        flops = 0.0
+        for windows, read in judging_shapes(samples, seq):
+            # Windows that the mesh does not divide go through every row of devices.
+            flops += divergence_flops(config, windows, read, RATIOS) / (
+                mesh.model if windows % mesh.data else mesh.devices
             )
+        found["kl"] = Work(flops, share, share * RATIOS, RATIOS)
     if run.refine and samples > (held := held_out_count(samples)):
         flops = refinement_flops(config, pruned, samples, held, seq, run.refine)
         found["refinement"] = Work(flops / mesh.devices)
     return found
-
-
-def read_tokens(seq: int) -> int:
-    """How many tokens of a held-out window are read to measure divergences."""
-    return min(seq, divergence.CONTEXT)
-
-
-def judged(windows: int, read: int) -> int:
-    """At how many of them predictions are compared."""
-    return max(1, min(divergence.JUDGED // windows, read))
 
 
 def forward_flops(config: ModelConfig, seq: int) -> float:
@@ -114,21 +92,20 @@ def gradient_flops(config: ModelConfig, samples: int, seq: int, matrices: bool) 
     return samples * (layers + 2 * head_flops(config, seq))
 
 
-def divergence_flops(config: ModelConfig, held_out: int, judged: int, seq: int, points: int) -> float:
-    """Of all measurements on the held-out windows, over all devices.
+def divergence_flops(config: ModelConfig, windows: int, seq: int, points: int) -> float:
+    """Of all measurements on some windows, over all devices.
 
     Args:
         config: the dense model.
-        held_out: windows.
-        judged: tokens of all of them for which the head is applied.
-        seq: tokens of a window that are read.
+        windows: how many.
+        seq: tokens of each.
         points: ratios at which each of the two modules of a layer is pruned.
     """
     layers, measured = config.num_layers, 2 * config.num_layers * points
-    # A measurement runs the layer and those behind it: (layers + 1) / 2 on average. The dense model's own predictions
+    # A measurement runs the layer and those after it: (layers + 1) / 2 on average. The dense model's own predictions
     # take all layers and two products with the head, the windows on their way from layer to layer all but one.
     passes = measured * (layers + 1) / (2 * layers) + 1 + (layers - 1) / layers
-    return passes * held_out * forward_flops(config, seq) + (measured + 2) * head_flops(config, judged)
+    return passes * windows * forward_flops(config, seq) + (measured + 2) * head_flops(config, windows * seq)
 
 
 def refinement_flops(

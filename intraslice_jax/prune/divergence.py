@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,15 +13,9 @@ from intraslice_jax.models.decoder import Block, Decoder, run_block
 from intraslice_jax.models.head import Predictions, predictions, token_kl
 from intraslice_jax.parallel.placement import gathered, mesh_of, put_batch, to_host
 
-JUDGED = 1024
-"""Tokens at which predictions are compared, spread evenly over the held-out windows: the head costs more than all
-layers of a small model."""
-
-CONTEXT = 512
-"""Tokens of a held-out window that are read: all layers behind a module run over them for every measurement."""
-
-EARLY, EARLY_WINDOWS, LATE, LATE_WINDOWS = 64, 12, 256, 2
-"""Tokens and windows on which modules are judged, see `judging`."""
+EARLY, LATE = (12, 64), (2, 256)
+"""Windows and tokens of each on which modules are judged: all layers after a module run over them for every
+measurement."""
 
 
 def split_windows(windows: Int[np.ndarray, "samples seq"]) -> tuple[np.ndarray, np.ndarray]:
@@ -34,59 +27,55 @@ def split_windows(windows: Int[np.ndarray, "samples seq"]) -> tuple[np.ndarray, 
 def judging(windows: Int[np.ndarray, "samples seq"]) -> tuple[np.ndarray, np.ndarray]:
     """What single modules are judged on: the first tokens of windows from all over the text, and held-out windows.
 
-    Prompts are short: a module may matter at their first tokens only, of which long windows have few. These windows are
+    Prompts are short: a module may matter at their first tokens only, of which long windows have few. Those windows are
     calibrated on, too, but their first tokens are a small part of that.
     """
-    spread = np.linspace(0, len(windows) - 1, min(EARLY_WINDOWS, len(windows))).round().astype(int)
-    return windows[spread, :EARLY], split_windows(windows)[1][-LATE_WINDOWS:, :LATE]
+    (early, few), (late, more) = EARLY, LATE
+    spread = np.linspace(0, len(windows) - 1, min(early, len(windows))).round().astype(int)
+    return windows[spread, :few], split_windows(windows)[1][-late:, :more]
+
+
+def judging_shapes(samples: int, seq: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Windows and tokens of what `judging` gives of so many windows of so many tokens."""
+    (early, few), (late, more) = EARLY, LATE
+    return (min(early, samples), min(few, seq)), (min(late, held_out_count(samples)), min(more, seq))
 
 
 @dataclass
 class Tail:
-    """The held-out windows at one layer boundary of a model, all layers behind it, and the dense model's predictions.
+    """Windows at one layer boundary of a model, all layers after it, and the model's predictions.
 
     Attributes:
-        decoder: the dense model, whose embedding, norm and head both have.
-        blocks: the layers of the model that a replacement goes into.
+        decoder: the model.
         layer: the next one.
+        x: the hidden states before it.
+        predicted: at all positions.
     """
 
     decoder: Decoder
-    blocks: Callable[[int], Block]
     layer: int
     x: Float[Array, "batch seq hidden"]
-    positions: Int[np.ndarray, " judged"]
     predicted: Predictions
 
     @classmethod
-    def start(cls, dense: LanguageModel, held_out: np.ndarray, blocks: Callable[[int], Block] | None = None) -> Tail:
-        """Before the first layer; the layers are the dense ones where no others are given."""
-        windows, decoder = held_out[:, :CONTEXT], dense.decoder
+    def start(cls, model: LanguageModel, windows: Int[np.ndarray, "batch seq"]) -> Tail:
+        """Before the first layer."""
+        decoder = model.decoder
         tokens = put_batch(windows.astype(np.int32), mesh_of(decoder))
-        count, seq = windows.shape
-        positions = np.unique(np.linspace(0, seq - 1, max(1, min(JUDGED // count, seq))).round().astype(np.int32))
-        predicted = predictions(decoder, decoder.hidden_states(tokens)[:, positions])
-        return cls(
-            decoder,
-            decoder.layers.__getitem__ if blocks is None else blocks,
-            0,
-            decoder.embed(tokens),
-            positions,
-            predicted,
-        )
+        return cls(decoder, 0, decoder.embed(tokens), predictions(decoder, decoder.hidden_states(tokens)))
 
     def advance_to(self, layer: int) -> None:
         """Goes on to a layer."""
         while self.layer < layer:
-            self.x = run_block(gathered(self.blocks(self.layer)), self.x, self._rope)
+            self.x = run_block(gathered(self.decoder.layers[self.layer]), self.x, self._rope)
             self.layer += 1
 
     def divergence(self, block: Block) -> float:
-        """Mean divergence per token from the dense model, in nats, when the layer at hand is replaced."""
+        """Mean divergence per token from the model's predictions, in nats, when the layer at hand is replaced."""
         x = run_block(block, self.x, self._rope)
         for later in range(self.layer + 1, self.decoder.config.num_layers):
-            x = run_block(gathered(self.blocks(later)), x, self._rope)
-        divergence = token_kl(self.decoder, self.predicted, self.decoder.norm(x[:, self.positions]))
+            x = run_block(gathered(self.decoder.layers[later]), x, self._rope)
+        divergence = token_kl(self.decoder, self.predicted, self.decoder.norm(x))
         return float(to_host(divergence).mean(dtype=np.float64))
 
     @property

@@ -26,7 +26,6 @@ from intraslice_jax.prune.allocation import UnitScores, allocate, allocate_evenl
 from intraslice_jax.prune.budget import TOLERANCE, LayerRatios
 from intraslice_jax.prune.linalg import eigh_descending, solver_precision, to_solver
 from intraslice_jax.prune.resume import Resumable, RunLog
-from intraslice_jax.prune.search import Search
 from intraslice_jax.prune.sensitivity import KLSensitivity
 from intraslice_jax.reading import Index, check, parse_json, read_bytes
 from intraslice_jax.reading_yaml import read_yaml
@@ -264,7 +263,6 @@ ESTIMATORS: dict[str, Estimator] = {
     "fisher_pca": FisherPCA(),
     "fisher_components": FisherComponents(),
     "kl": KLSensitivity(),
-    "search": Search(),
 }
 """Known estimators; may be added to."""
 

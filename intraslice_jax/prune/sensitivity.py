@@ -11,10 +11,10 @@ from intraslice_jax.calibrate.gradients import OnBatch
 from intraslice_jax.config import PruneConfig
 from intraslice_jax.model import LanguageModel
 from intraslice_jax.prune.allocation import allocate_by_costs, allocate_evenly
-from intraslice_jax.prune.budget import LayerRatios, narrowest
+from intraslice_jax.prune.budget import LayerRatios
 from intraslice_jax.prune.divergence import Tail, judging, split_windows
 from intraslice_jax.prune.resume import Resumable, RunLog
-from intraslice_jax.prune.trials import Trials, variants
+from intraslice_jax.prune.trials import variants
 
 MEASURED = "divergences"
 """What a run's log calls the costs of its first layers."""
@@ -50,8 +50,11 @@ class KLSensitivity(Resumable):
         return allocate_by_costs(model.config, ratios, costs, config)
 
 
+RATIOS = 2
+"""At how many ratios each module is pruned."""
+
 FAR, NEAR = 0.75, 0.5
-"""The second ratio at which modules are pruned; half of the wanted one instead where that is above the other of these."""
+"""The second ratio at which modules are pruned, and above which wanted one it is half of that instead."""
 
 
 def measured_ratios(sparsity: float) -> tuple[float, float]:
@@ -88,12 +91,7 @@ def divergences(
     if on_batch is not None:
         on_batch(first * 2 * len(ratios), costs.size)
 
-    def trials(layer: int) -> Trials:
-        inner = model.config.layers[layer].intermediate_size
-        least = narrowest(inner, config.align, 1.0)
-        return Trials(ratios, [max(least, round(inner * (1 - ratio))) for ratio in ratios])
-
-    found = variants(model, train, config, trials, first)
+    found = variants(model, train, config, ratios, first)
     for done, variant in enumerate(found, first * 2 * len(ratios) + 1):
         for tail in tails:
             tail.advance_to(variant.layer)

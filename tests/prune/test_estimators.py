@@ -74,8 +74,7 @@ def test_ratios_agree_with_the_definition_on_the_same_gradients(name, sparsity):
 
 
 @pytest.mark.parametrize("flavour", ["ragged", "phi"])
-# A search gives what whole heads and widths allow.
-@pytest.mark.parametrize("name", sorted(ESTIMATORS.keys() - {"search"}))
+@pytest.mark.parametrize("name", sorted(ESTIMATORS))
 def test_every_flavour_gets_ratios_that_add_up(name, flavour):
     model = make(flavour)
     found = estimate_ratios(model, windows(3, 16), PruneConfig(0.3, ratios=name, align=1))
@@ -259,7 +258,7 @@ def test_bad_files(tmp_path, text, message):
         ("fischer", "unknown ratios 'fischer'; did you mean 'fisher'"),
         (
             "xyz",
-            "known are fisher, fisher_components, fisher_pca, kl, kl_curves, search, uniform; or name a .json",
+            "known are fisher, fisher_components, fisher_pca, kl, uniform; or name a .json",
         ),
         ("missing.yaml", "missing.yaml is missing; `ratios` takes a file of ratios or one of uniform, fisher"),
         ("x" * 300, "unknown ratios 'xxx"),

@@ -6,9 +6,8 @@ import pytest
 from intraslice_jax.config import LayerShape, PruneConfig, uniform_query_to_kv
 from intraslice_jax.errors import InputError
 from intraslice_jax.planning.typical import typical
-from intraslice_jax.prune import search
 from intraslice_jax.prune.allocation import allocate
-from intraslice_jax.prune.budget import TOLERANCE, HeadWidths
+from intraslice_jax.prune.budget import TOLERANCE
 from intraslice_jax.prune.heads import plan_aligned_heads
 from intraslice_jax.prune.pipeline import prune_model
 from intraslice_jax.prune.uniform import common_heads
@@ -92,14 +91,6 @@ def test_a_common_layout_has_no_more_channels_than_it_may():
         assert width % align == 0
         assert kv_heads * group_size * width <= 403
     assert kv_heads * group_size == 6
-
-
-def test_steps_of_a_search_are_multiples():
-    full = LayerShape((0, 0, 1, 1), 64, 64, 64, 1536)
-    found = search.steps(full, full, PruneConfig(head_align=16))
-    assert found.attention == [HeadWidths(3, 64, 64), HeadWidths(4, 48, 64), HeadWidths(4, 64, 48)]
-    whole = search.steps(full, full, PruneConfig(head_align=64))
-    assert whole.attention == [HeadWidths(3, 64, 64)]
 
 
 @pytest.mark.parametrize(("align", "heads", "width"), [(2, 8, 50), (16, 8, 48), (64, 6, 64)])
