@@ -4,16 +4,20 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, processors
 
 import intraslice_jax as isl
+from intraslice_jax.api import text_windows
 from intraslice_jax.cli import find_commands, main
 from intraslice_jax.config import preset
+from intraslice_jax.evaluate.perplexity import perplexity as measure
 from intraslice_jax.settings import as_settings
 from tests.conftest import ROOT
 from tests.tiny import tiny_config, tiny_text, tiny_weights, write_json, write_tiny_llama
@@ -125,7 +129,7 @@ def test_the_best_settings_are_the_usual_ones(source, tmp_path, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition("]")[0] for line in lines] == [
         lines[0].partition("]")[0],
-        *(f"[ratios {done}/4" for done in (1, 2, 3, 4)),
+        *(f"[ratios {done}/8" for done in (2, 4, 6, 8)),
         *("[1/2", "[2/2"),
         *(f"[refinement {done}/6" for done in (2, 3, 5, 6)),
     ]
@@ -157,6 +161,27 @@ def test_eval_prints_and_writes_the_perplexity(checkpoint, source, tmp_path, cap
     assert f"{facts['perplexity']:.4f}" in capsys.readouterr().out
     expected = isl.perplexity(isl.load(source / which), tiny_text(), 64, windows=3)
     assert facts["perplexity"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_perplexity_after_bos(source, tmp_path, capsys):
+    folder = shutil.copytree(source / "model", tmp_path / "model")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    args = ["--text", str(source / "text.txt"), "--sequence-length", "64", "--windows", "2"]
+    found = {}
+    for name, more in (("plain", []), ("bos", ["--bos"])):
+        assert main(["eval", str(folder), *args, *more, "--output", str(tmp_path / f"{name}.json")]) == 0
+        facts = json.loads((tmp_path / f"{name}.json").read_text())
+        assert facts["bos"] == (name == "bos")
+        found[name] = facts["perplexity"]
+    assert re.search(rf"loss after 1-3 tokens +{facts['loss_by_position']['1-3']:.4f}\n", capsys.readouterr().out)
+    model = isl.load(folder)
+    windows = text_windows(model, tiny_text(), 64, 2)
+    windows[:, 0] = 0
+    assert found["bos"] == pytest.approx(measure(model, windows).perplexity, rel=1e-6)
+    assert found["bos"] == pytest.approx(isl.perplexity(model, tiny_text(), 64, windows=2, bos=True), rel=1e-6)
+    assert abs(found["bos"] - found["plain"]) > 1e-3
 
 
 def test_export_and_convert_write_models_with_the_same_perplexity(checkpoint, source, tmp_path, capsys):

@@ -10,7 +10,7 @@ from intraslice_jax.models.generate import generate
 
 log = logging.getLogger(__name__)
 
-PROMPTS = ("The capital of France is", "Once upon a time", "Water boils when")
+PROMPTS = ("The capital of France is", "Once upon a time", "The river rises in the mountains and")
 NEW_TOKENS = 30
 
 

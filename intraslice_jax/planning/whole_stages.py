@@ -59,9 +59,8 @@ def whole_model_work(config: ModelConfig, pruned: ModelConfig, run: Run, mesh: M
         flops = 0.0
         for windows, read in judging_shapes(samples, seq):
             # Windows that the mesh does not divide go through every row of devices.
-            flops += divergence_flops(config, windows, read, RATIOS) / (
-                mesh.model if windows % mesh.data else mesh.devices
-            )
+            devices = mesh.model if windows % mesh.data else mesh.devices
+            flops += divergence_flops(config, windows, read, RATIOS) / devices
         found["kl"] = Work(flops, share, share * RATIOS, RATIOS)
     if run.refine and samples > (held := held_out_count(samples)):
         flops = refinement_flops(config, pruned, samples, held, seq, run.refine)

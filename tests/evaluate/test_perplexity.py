@@ -80,6 +80,23 @@ def test_perplexity_is_exp_of_the_mean_over_all_tokens(batch_size):
     assert done[-1] == (5, 5)
 
 
+@pytest.mark.parametrize(
+    ("length", "bands"),
+    [
+        (2, {"1-1": (0, 1)}),
+        (5, {"1-3": (0, 3), "4-4": (3, 4)}),
+        (70, {"1-3": (0, 3), "4-15": (3, 15), "16-63": (15, 63), "64-69": (63, 69)}),
+    ],
+)
+def test_losses_by_position_are_means_over_the_tokens_with_so_many_before_them(length, bands):
+    model, tokens = make(), windows(3, length)
+    found = perplexity(model, tokens, batch_size=2).loss_by_position
+    nll = reference_nll(model, tokens).reshape(3, length - 1)
+    assert list(found) == list(bands)
+    for band, (start, end) in bands.items():
+        assert found[band] == pytest.approx(nll[:, start:end].mean(), abs=1e-5)
+
+
 def test_a_remainder_does_not_recompile():
     model = make()
     before = run_block._cache_size()

@@ -25,6 +25,7 @@ def report_example() -> dict[str, Any]:
     ]  # fmt: skip
     dense = {"query_to_kv": [0, 0, 1, 1], "qk_head_dim": 4, "v_head_dim": 2, "intermediate_size": 16}
     measured = {"dense_perplexity": 10.5, "pruned_perplexity": 12.25}
+    measured |= {"dense_loss_by_position": {"1-3": 5.5, "4-63": 4.5}, "pruned_loss_by_position": {"1-3": 5.75}}
     return {
         "format_version": 1, "model": "models/tiny", "method": "intraslice", "sparsity": 0.25,
         "removed_block_fraction": 0.25, "removed_model_fraction": 0.125,
@@ -48,6 +49,7 @@ def evaluation_example() -> dict[str, Any]:
     task = {"task": "piqa", "items": 50, "num_fewshot": 0, "version": "1"}
     return {
         "format_version": 1, "perplexity": 12.5, "evaluated_tokens": 630, "sequence_length": 64, "mean_nll": 2.5,
+        "loss_by_position": {"1-3": 5.5, "4-63": 4.5}, "bos": False,
         "text": "b.txt", "text_sha256": HASH, "parameters": 1400, "block_parameters": 600, "settings": {},
         "tasks": [{**task, "metrics": {"acc": 0.5}, "standard_errors": {"acc": 0.0625}}],
     }  # fmt: skip

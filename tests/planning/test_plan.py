@@ -141,6 +141,6 @@ def test_divergences_take_the_loop_and_the_layers_behind():
     work = whole_model_work(config, config, run, MeshSizes(1, 1))["kl"]
     loop = {"attention": 1.0, "head moments": 2.0, "kept attention": 4.0, "MLP": 8.0, "output": 16.0, "solves": 32.0}
     assert work.of(loop) - work.flops == 7 / 8 * (1 + 2 + 2 * 4 + 8 + 16) + 2 * 32
-    # Twelve and two windows: four measurements of two layers, four of one, the dense pass of two, on to the second layer.
+    # 14 windows: four measurements of two layers, four of one, the dense pass of two, and on to the second layer.
     layer, head = forward_flops(config, 64) / 2, head_flops(config, 64)
     assert work.flops == pytest.approx(14 * ((4 * 2 + 4 + 2 + 1) * layer + (8 + 2) * head))

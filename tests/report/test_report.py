@@ -99,6 +99,11 @@ def test_a_run_leaves_a_page_and_its_pictures(run):
     found = report["texts"]["held out.txt"]
     table = cells(run / "report.html")
     assert f"<td>{found['dense_perplexity']:.3f}</td><td>{found['pruned_perplexity']:.3f}</td>" in table
+    assert list(found["dense_loss_by_position"]) == ["1-3", "4-15", "16-63"]
+    for band, dense in found["dense_loss_by_position"].items():
+        pruned = found["pruned_loss_by_position"][band]
+        numbers = f"<td>{dense:.3f}</td><td>{pruned:.3f}</td><td>{pruned - dense:+.3f}</td>"
+        assert f"<td>held out.txt</td><td>{band}</td>{numbers}" in table
     for layer in report["layers"]:
         assert f"<td>{layer['intermediate_size']} of 64</td>" in table
     stages = ["reading", "ratios", "layers", "perplexity", "sample texts"]
@@ -159,18 +164,24 @@ def test_results_of_eval_in_the_folder_are_taken_in(copy, caplog):
     text = {"text": "other", "sequence_length": 64, "evaluated_tokens": 630, "text_sha256": "f" * 64}
     for which, acc, perplexity in (("dense", 0.625, 11.5), ("pruned", 0.5, 12.25)):
         result = {**task, "metrics": {"acc": acc}, "standard_errors": {"acc": 0.07}}
-        write_json(copy / f"{which}.json", evaluation(copy, which, tasks=[result], perplexity=perplexity, **text))
+        facts = {"perplexity": perplexity, "loss_by_position": {"1-3": perplexity / 2}, **text}
+        write_json(copy / f"{which}.json", evaluation(copy, which, tasks=[result], **facts))
+        write_json(copy / f"{which} after BOS.json", evaluation(copy, which, bos=True, **{**facts, "perplexity": 9.5}))
     write_json(copy / "another model.json", {**evaluation(copy, "dense", perplexity=1.0, **text), "parameters": 1})
     (copy / "notes.json").write_text("no JSON")
     assert main(["report", str(copy)]) == 0
     (left_out,) = caplog.messages
     assert left_out.startswith(f"{copy / 'another model.json'}: left out")
     found = read_run(copy)
-    assert [(p.text, p.dense, p.pruned) for p in found.perplexities][1:] == [("other", 11.5, 12.25)]
+    assert [(p.text, p.dense, p.pruned) for p in found.perplexities][1:] == [
+        ("other after BOS", 9.5, 9.5),
+        ("other", 11.5, 12.25),
+    ]
     (score,) = found.tasks
     assert (score.dense, score.pruned) == ((0.625, 0.07, 50), (0.5, 0.07, 50))
     table = cells(copy / "report.html")
     assert "<td>11.500</td><td>12.250</td><td>x 1.065</td>" in table
+    assert "<td>other</td><td>1-3</td><td>5.750</td><td>6.125</td><td>+0.375</td>" in table
     assert "<td>piqa &lt;b&gt;</td><td>acc</td><td>0.6250 ± 0.0700</td><td>50</td><td>0.5000 ± 0.0700</td>" in table
 
 
@@ -403,7 +414,7 @@ def test_what_older_versions_wrote_is_read(example, tmp_path):
         del report[name]
     for layer in report["layers"]:
         del layer["notes"]["attention"]["value_spectra"]
-    for name in ("format_version", "text", "tasks"):
+    for name in ("format_version", "text", "tasks", "loss_by_position", "bos"):
         del evaluated[name]
     write_json(example / "report.json", report)
     write_json(example / "eval.json", evaluated)
