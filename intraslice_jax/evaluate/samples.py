@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
 
 from intraslice_jax.model import LanguageModel
+from intraslice_jax.models.decoder import decoder_from_arrays, decoder_to_arrays
 from intraslice_jax.models.generate import generate
+from intraslice_jax.models.padding import pad_attention, pad_mlp
+from intraslice_jax.parallel.placement import mesh_of, put_weights, to_host
+from intraslice_jax.prune.calibration import part
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +41,27 @@ def sample_texts(
 
     tell(0, most)
     try:
-        before, after = (generate(model, PROMPTS, NEW_TOKENS, on_token=count).texts for model in (dense, pruned))
+        models = dense, in_shapes_of(dense, pruned)
+        before, after = (generate(model, PROMPTS, NEW_TOKENS, on_token=count).texts for model in models)
     except Exception as error:  # whatever it is
         log.warning("no sample texts: %s", " ".join(str(error).split()) or type(error).__name__)
         return []
     return [{"prompt": p, "dense": b, "pruned": a} for p, b, a in zip(PROMPTS, before, after, strict=True)]
+
+
+def in_shapes_of(dense: LanguageModel, pruned: LanguageModel) -> LanguageModel:
+    """The pruned model with zeros for what went, in the dense one's shapes.
+
+    It computes the same with the programs of one layer, where the small model takes those of each shape: compiling them
+    costs more than a few short texts.
+    """
+    config = pruned.config.with_layers(dense.config.layers)
+    arrays = dict(decoder_to_arrays(pruned.decoder))
+    for i, (narrow, wide) in enumerate(zip(pruned.config.layers, dense.config.layers, strict=True)):
+        layer = {name: to_host(array) for name, array in decoder_to_arrays(pruned.decoder.layers[i]).items()}
+        layer |= {f"attention.{n}": a for n, a in pad_attention(part(layer, "attention"), narrow, wide).items()}
+        layer |= {f"mlp.{n}": a for n, a in pad_mlp(part(layer, "mlp"), wide.intermediate_size).items()}
+        arrays |= {f"layers.{i}.{name}": array for name, array in layer.items()}
+    mesh = mesh_of(pruned.decoder)
+    decoder = decoder_from_arrays(config, arrays if mesh is None else put_weights(arrays, mesh))
+    return dataclasses.replace(pruned, config=config, decoder=decoder)

@@ -15,15 +15,13 @@ from intraslice_jax.model import LanguageModel
 from intraslice_jax.models.decoder import Block, block_from_arrays, decoder_to_arrays
 from intraslice_jax.models.padding import pad_attention, pad_mlp
 from intraslice_jax.parallel.mesh import ways
-from intraslice_jax.parallel.placement import gathered, mesh_of, put_weights, to_host
-from intraslice_jax.parallel.rules import RULES
+from intraslice_jax.parallel.placement import gathered, mesh_of
 from intraslice_jax.prune.budget import narrowest
 from intraslice_jax.prune.calibration import (
     AttentionCalibration,
     MLPCalibration,
     ResidualStream,
     batch_size,
-    part,
     replace,
 )
 from intraslice_jax.prune.methods import create_method
@@ -82,14 +80,3 @@ def variants(
             changed = replace(arrays, "mlp", pad_mlp(pruned.arrays, inner), mesh)
             yield Variant(1, i, number, block_from_arrays(model.config, shape, changed))
         stream.batches = calibration.outputs(block, np.arange(inner))
-
-
-def padded_block(pruned: LanguageModel, dense: LanguageModel, index: int) -> Block:
-    """A layer of a pruned model in the shape of the dense one, where that lies."""
-    narrow, wide = pruned.config.layers[index], dense.config.layers[index]
-    arrays = {name: to_host(array) for name, array in decoder_to_arrays(pruned.decoder.layers[index]).items()}
-    arrays |= {f"attention.{n}": a for n, a in pad_attention(part(arrays, "attention"), narrow, wide).items()}
-    arrays |= {f"mlp.{n}": a for n, a in pad_mlp(part(arrays, "mlp"), wide.intermediate_size).items()}
-    mesh = mesh_of(dense.decoder)
-    placed = arrays if mesh is None else put_weights(arrays, mesh, RULES.in_use(), quiet=True)
-    return block_from_arrays(dense.config, wide, placed)

@@ -5,24 +5,23 @@ import numpy as np
 import pytest
 
 from intraslice_jax.config import PruneConfig
-from intraslice_jax.models.decoder import decoder_to_arrays, run_block
+from intraslice_jax.evaluate.samples import in_shapes_of
+from intraslice_jax.models.decoder import decoder_to_arrays
 from intraslice_jax.prune.budget import HeadWidths, LayerRatios
 from intraslice_jax.prune.pipeline import prune_model
-from intraslice_jax.prune.trials import padded_block
 from tests.prune.flavours import make, windows
 
 
 @pytest.mark.parametrize("flavour", ["ragged", "partial", "phi"])
-def test_a_padded_layer_computes_the_same(flavour):
+def test_a_padded_model_computes_the_same(flavour):
     dense = make(flavour)
     pruned = prune_model(dense, windows(6), PruneConfig(0.4, align=2, iterative="never"))
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 9, 16)), jnp.float32)
-    rope = dense.decoder.rope_for(9)
-    for i, layer in enumerate(pruned.decoder.layers):
-        padded = padded_block(pruned, dense, i)
-        shapes = [{n: a.shape for n, a in decoder_to_arrays(b).items()} for b in (padded, dense.decoder.layers[i])]
-        assert shapes[0] == shapes[1]
-        np.testing.assert_allclose(run_block(padded, x, rope), run_block(layer, x, rope), rtol=0, atol=2e-5)
+    padded = in_shapes_of(dense, pruned)
+    shapes = [{n: a.shape for n, a in decoder_to_arrays(m.decoder).items()} for m in (padded, dense)]
+    assert shapes[0] == shapes[1]
+    assert padded.config.layers == dense.config.layers
+    tokens = jnp.asarray(windows(2, 9))
+    np.testing.assert_allclose(padded.decoder(tokens), pruned.decoder(tokens), rtol=0, atol=2e-5)
 
 
 def test_pruning_to_widths_gives_these_widths():
