@@ -14,7 +14,7 @@ from intraslice_jax.calibrate.documents import JoinedText
 from intraslice_jax.config import CalibrationConfig
 from intraslice_jax.errors import InputError
 
-_AFTER_BLANK_LINE = re.compile(r"\n[^\S\n]*\n\s*(?=\S)")
+_BLANK_LINES = re.compile(r"\n[^\S\n]*\n\s*")
 _CHARACTERS, _MARGIN = 8, 16
 """How many characters per token are encoded at first, and how many tokens more than needed, as the last ones may be
 others where the text goes on."""
@@ -61,7 +61,7 @@ def beginnings(
     """
     starts = list(text.starts)
     if len(starts) < count:
-        starts = sorted({*starts, *(found.end() for found in _AFTER_BLANK_LINE.finditer(text.text))})
+        starts = sorted({*starts, *(found.end() for found in _BLANK_LINES.finditer(text.text))})
     random.Random(seed).shuffle(starts)
     bos, windows = leading_token(tokenizer), []
     for start in starts:

@@ -106,6 +106,13 @@ class TestBeginnings:
         expected = {tuple(encode(tokenizer, part)[:6]) for part in ("One thing", "Two things", "Three things")}
         assert {tuple(window) for window in found} == expected
 
+    def test_a_text_that_ends_in_a_million_blank_lines(self, tokenizer):
+        text = JoinedText("One thing.\n\nTwo things." + "\n" * 10**6)
+        found = beginnings(tokenizer, text, 4, 6, seed=0)
+        assert {tuple(window) for window in found} == {
+            tuple(encode(tokenizer, t)[:6]) for t in ("One thing", "Two things")
+        }
+
     def test_a_long_document_is_not_encoded_whole(self, tokenizer, monkeypatch):
         seen = []
 
