@@ -35,6 +35,7 @@ def run_identity(
         "calibrate": {
             "samples": calibrate.samples,
             "sequence_length": calibrate.sequence_length,
+            "sampling": calibrate.sampling,
             "seed": calibrate.seed,
             "text_sha256": text_sha256,
             "tokens_sha256": _sha256(np.ascontiguousarray(windows, np.int32).tobytes()),
