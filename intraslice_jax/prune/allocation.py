@@ -100,7 +100,11 @@ def allocate_by_costs(
 
     Raises:
         InputError: the budget cannot be met.
+        RunError: a cost is not finite.
     """
+    for kind, found in zip(("attention", "MLP"), costs, strict=True):
+        for i in np.flatnonzero(~np.isfinite(found).all(1)):
+            raise RunError(f"layer {i}, {kind}: what its pruning costs is not finite")
     kinds = modules(config, prune)
     check_reachable(*kinds, prune)
     both = Modules(*(np.concatenate([getattr(kind, name) for kind in kinds]) for name in ("parameters", "caps")))
@@ -112,7 +116,7 @@ def allocate_by_costs(
         return np.minimum(np.exp(np.minimum(logs, 0)), both.caps)
 
     target = both.target(prune.target_sparsity)
-    found = root_scalar(lambda price: at(price) @ both.parameters - (1 - 1e-9) * target, bracket=(-500.0, 500.0))
+    found = root_scalar(lambda price: at(price) @ both.parameters - (1 - 1e-8) * target, bracket=(-500.0, 500.0))
     attention, mlp = (tuple(map(float, part)) for part in np.split(cap_and_spread(at(found.root), both, target), 2))
     return LayerRatios(attention, mlp)
 

@@ -22,7 +22,7 @@ from intraslice_jax.calibrate.gradients import GroupGradients, OnBatch, group_gr
 from intraslice_jax.config import ModelConfig, PruneConfig
 from intraslice_jax.errors import InputError
 from intraslice_jax.model import LanguageModel
-from intraslice_jax.prune.allocation import UnitScores, allocate, allocate_evenly
+from intraslice_jax.prune.allocation import UnitScores, allocate, allocate_evenly, check_reachable, modules
 from intraslice_jax.prune.budget import TOLERANCE, LayerRatios
 from intraslice_jax.prune.linalg import eigh_descending, solver_precision, to_solver
 from intraslice_jax.prune.resume import Resumable, RunLog
@@ -103,8 +103,11 @@ def estimate_ratios(
         RunError: an activation, a loss or a gradient is not finite.
     """
     estimator = find_estimator(config.ratios)
-    if not isinstance(estimator, FromFile):
-        allocate_evenly(model.config, config)  # says at once when the budget is beyond reach
+    # What is beyond reach is said at once; attention and MLP share one budget only in `kl`.
+    if isinstance(estimator, KLSensitivity):
+        check_reachable(*modules(model.config, config), config)
+    elif not isinstance(estimator, FromFile):
+        allocate_evenly(model.config, config)
     if run_log is not None and isinstance(estimator, ResumableEstimator):
         found = estimator.resumed(model, windows, config, on_batch, run_log)
         run_log.drop_arrays(GRADIENTS)

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from intraslice_jax.config import PruneConfig
-from intraslice_jax.errors import InputError
+from intraslice_jax.config import LayerShape, PruneConfig
+from intraslice_jax.errors import InputError, RunError
 from intraslice_jax.models.decoder import decoder_from_arrays, decoder_to_arrays
 from intraslice_jax.prune.allocation import allocate_by_costs, modules, power_laws
 from intraslice_jax.prune.estimators import estimate_ratios
@@ -96,6 +96,22 @@ def test_a_module_that_is_cheap_at_first_and_dear_later_stops_where_it_gets_dear
     twice = allocate_by_costs(model, points, costs, prune)
     assert once.mlp[1] > 0.8  # as if it went on with the square
     assert max(twice.attention) < twice.mlp[1] < 0.5
+
+
+def test_a_cost_that_is_not_finite_is_named():
+    model = make("gqa", layers=2).config
+    costs = np.ones((2, 2)), np.asarray([[1.0, 2.0], [1.0, np.nan]])
+    with pytest.raises(RunError, match="layer 1, MLP: what its pruning costs is not finite"):
+        allocate_by_costs(model, (0.3, 0.75), costs, PruneConfig(0.3))
+
+
+@pytest.mark.parametrize("sparsity", [1e-4, 0.05, 0.5, 0.76, 0.89])
+def test_any_sparsity_within_reach_is_met(sparsity):
+    one_head = LayerShape((0,), 8, 8, 8, 24)
+    model = make("gqa", layers=2, shape=one_head)
+    config = dataclasses.replace(ALONE, sparsity=sparsity, align=1, max_ratio=1.0)
+    ratios = estimate_ratios(model, windows(3, 16), config)
+    assert ratios.sparsity(model.config) == pytest.approx(sparsity, rel=1e-6)
 
 
 def test_an_impossible_budget_says_what_is_possible():
