@@ -150,7 +150,7 @@ def test_the_names_of_files_are_not_calibrated_on(model, pruned, tmp_path, monke
     for wrong in (None, b"text", [], ["one.txt"], 3):
         with pytest.raises(InputError, match=r"must be a str, or a pathlib\.Path or a list of them"):
             as_text(model, wrong)
-    assert as_text(model, one) == TEXT[:700]
+    assert as_text(model, one).text == TEXT[:700]
     assert isl.perplexity(model, one, 64) == isl.perplexity(model, TEXT[:700], 64)
     both = isl.prune(model, [one, two], 0.25, samples=4, sequence_length=64, preset="fast")
     assert both.report["calibration"]["text_tokens"] == pytest.approx(len(TEXT), abs=2)

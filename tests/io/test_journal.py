@@ -276,7 +276,7 @@ def test_damage_beyond_the_last_state_is_refused(copy, damage, message):
         for damaged in damages(content):
             (copy / name).write_bytes(damaged)
             if name == damage[-1]:
-                with pytest.raises(InputError, match=f"{message}.*--overwrite") as caught:
+                with pytest.raises(InputError, match=f"{message}.*remove the folder of the journal") as caught:
                     begin(copy)
                 assert "\n" not in str(caught.value)
 
@@ -314,7 +314,7 @@ def test_damaged_ratios_are_refused(tmp_path):
     file = tmp_path / "journal" / "ratios.json"
     for damaged in damages(file.read_bytes()):
         file.write_bytes(damaged)
-        with pytest.raises(InputError, match=r"ratios.json is missing or damaged.*--overwrite"):
+        with pytest.raises(InputError, match=r"ratios.json is missing or damaged.*remove the folder of the journal"):
             run(model, config, tmp_path / "journal")
 
 
@@ -355,7 +355,7 @@ def test_the_journal_of_another_run_is_refused_with_the_difference(tmp_path, cha
     first.put("ratios", {})
     first.close()
     begin(tmp_path / "journal", identity())  # the same run again
-    with pytest.raises(InputError, match=f"journal is of another run: {field}.*--overwrite"):
+    with pytest.raises(InputError, match=f"journal is of another run: {field}.*remove the folder of the journal"):
         begin(tmp_path / "journal", identity(**changes))
 
 
