@@ -22,7 +22,7 @@ from intraslice_jax.planning.whole_stages import forward_flops, head_flops, whol
 EFFICIENCY = 0.5
 """Of the rate of a matrix product, what a run reaches with all that lies between its products (docs/speed.md)."""
 
-COMPILING = {"ratios": (10.0, 0.0), "layers": (1.0, 1.0), "refinement": (2.0, 3.5), "perplexity": (1.0, 0.6)}
+COMPILING = {"ratios": (10.0, 0.0), "layers": (1.0, 0.5), "refinement": (2.0, 3.5), "perplexity": (1.0, 0.6)}
 """Seconds of a CPU core that compiling takes: once, and for every layer of another shape. None where a cache has it."""
 
 WRITING = 200e6
