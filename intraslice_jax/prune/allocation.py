@@ -76,6 +76,9 @@ def allocate_evenly(config: ModelConfig, prune: PruneConfig) -> LayerRatios:
     )
 
 
+LEAST_COST = 1e-7
+"""Nats per token: below it, divergences are rounding."""
+
 EXPONENTS = (1.4, 6.0)
 """Between these are the powers with which costs grow. Below the first the least noise would decide between nothing and
 all of a module."""
@@ -126,14 +129,18 @@ def power_laws(
 ) -> tuple[Float[np.ndarray, " modules"], Float[np.ndarray, " modules"]]:
     """Of each module's cost exp(a) ratio^p the logarithm a of its scale and its exponent p, 2 from a single point.
 
-    Least squares of the logarithms; the exponents stay within `EXPONENTS`.
+    Least squares of the logarithms; the exponents stay within `EXPONENTS`. Costs of `LEAST_COST` are left out where the
+    module has others: at that ratio rounding to whole heads and pairs took nothing from it.
     """
+    real = costs > LEAST_COST
+    real |= ~real.any(1, keepdims=True)
     logs, x = np.log(costs), np.log(np.asarray(points))
-    exponent = np.full(len(costs), 2.0)
-    if len(points) > 1:
-        apart = x - x.mean()
-        exponent = np.clip(logs @ apart / (apart @ apart), *EXPONENTS)
-    return logs.mean(1) - exponent * x.mean(), exponent
+    middle, level = (np.mean(np.broadcast_to(a, costs.shape), 1, where=real) for a in (x, logs))
+    apart = (x - middle[:, None]) * real
+    spread = (apart**2).sum(1)
+    slope = (logs * apart).sum(1) / np.where(spread > 0, spread, 1)
+    exponent = np.where(spread > 0, np.clip(slope, *EXPONENTS), 2.0)
+    return level - exponent * middle, exponent
 
 
 def _per_kind(config: ModelConfig, prune: PruneConfig, ratios_of) -> LayerRatios:

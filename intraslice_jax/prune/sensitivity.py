@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from intraslice_jax.calibrate.gradients import OnBatch
 from intraslice_jax.config import PruneConfig
 from intraslice_jax.model import LanguageModel
-from intraslice_jax.prune.allocation import allocate_by_costs, allocate_evenly
+from intraslice_jax.prune.allocation import LEAST_COST, allocate_by_costs, allocate_evenly
 from intraslice_jax.prune.budget import LayerRatios
 from intraslice_jax.prune.divergence import Tail, judging, split_windows
 from intraslice_jax.prune.resume import Resumable, RunLog
@@ -18,9 +18,6 @@ from intraslice_jax.prune.trials import variants
 
 MEASURED = "divergences"
 """What a run's log calls the costs of its first layers."""
-
-LEAST_COST = 1e-7
-"""Nats per token: below it, divergences are rounding."""
 
 
 @dataclass(frozen=True)

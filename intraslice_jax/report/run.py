@@ -167,7 +167,7 @@ def _perplexity(known: list[Perplexity], results: Mapping[str, Any]) -> Perplexi
 
 def _measured(text: Perplexity, which: str, perplexity: float, losses: Mapping[str, float]) -> None:
     setattr(text, which, perplexity)
-    text.losses[which] = losses
+    text.losses[which] = losses or text.losses.get(which, {})  # older results have none
 
 
 def _add_tasks(known: list[TaskScore], results: Sequence[TaskScores], which: str) -> None:

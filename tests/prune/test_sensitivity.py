@@ -98,6 +98,15 @@ def test_a_module_that_is_cheap_at_first_and_dear_later_stops_where_it_gets_dear
     assert max(twice.attention) < twice.mlp[1] < 0.5
 
 
+def test_a_ratio_at_which_rounding_took_nothing_says_nothing_about_the_cost():
+    free, dear = [1e-7, 0.3], [0.003, 0.3]
+    scale, exponent = power_laws((0.05, 0.75), np.asarray([free, dear, [1e-7, 1e-7]]))
+    assert exponent[0] == 2
+    assert np.exp(scale[0]) * 0.75**2 == pytest.approx(0.3)
+    assert exponent[1] == pytest.approx(np.log(100) / np.log(15))
+    assert np.exp(scale[2]) < 1e-6  # what costs nothing anywhere stays free
+
+
 def test_a_cost_that_is_not_finite_is_named():
     model = make("gqa", layers=2).config
     costs = np.ones((2, 2)), np.asarray([[1.0, 2.0], [1.0, np.nan]])
