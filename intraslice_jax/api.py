@@ -234,20 +234,23 @@ def perplexity(
         InputError: the text is the name of a file, or has fewer tokens than one window, or the tokenizer puts no BOS
             token before a text.
     """
-    found = text_windows(model, as_text(model, text).text, sequence_length, windows)
-    if bos:
-        found = with_bos(found, model.require_tokenizer())
+    found = text_windows(model, as_text(model, text).text, sequence_length, windows, bos)
     return measure_perplexity(model, found, batch_size, on_batch).perplexity
 
 
-def text_windows(model: LanguageModel, text: str, sequence_length: int | None, limit: int | None = None) -> np.ndarray:
-    """Consecutive windows of a text, int32 [windows, sequence_length]; None as for `perplexity`.
+def text_windows(
+    model: LanguageModel, text: str, sequence_length: int | None, limit: int | None = None, bos: bool = False
+) -> np.ndarray:
+    """Consecutive windows of a text, int32 [windows, sequence_length]; None and `bos` as for `perplexity`.
 
     Raises:
-        InputError: the text has fewer tokens than one window, or the window exceeds the model's context.
+        InputError: the text has fewer tokens than one window, the window exceeds the model's context, or the tokenizer
+            puts no BOS token before a text.
     """
     length = window_length(sequence_length, model.config.max_position_embeddings)
-    return consecutive_windows(data.encode(model.require_tokenizer(), text), length, limit)
+    tokenizer = model.require_tokenizer()
+    windows = consecutive_windows(data.encode(tokenizer, text), length, limit)
+    return with_bos(windows, tokenizer) if bos else windows
 
 
 def as_text(model: LanguageModel, given: Any) -> JoinedText:

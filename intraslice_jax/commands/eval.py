@@ -136,13 +136,10 @@ def _read(options: Options) -> EvaluationSource | None:
 
 def _perplexity(model: LanguageModel, source: EvaluationText, options: Options) -> PerplexityResult:
     from intraslice_jax import api
-    from intraslice_jax.calibrate.windows import with_bos
     from intraslice_jax.evaluate.perplexity import perplexity
     from intraslice_jax.progress import window_progress
 
-    windows = api.text_windows(model, source.text, options.sequence_length, source.windows)
-    if options.bos:
-        windows = with_bos(windows, model.require_tokenizer())
+    windows = api.text_windows(model, source.text, options.sequence_length, source.windows, options.bos)
     with window_progress("evaluating") as on_batch:
         return perplexity(model, windows, options.batch_size, on_batch)
 

@@ -11,7 +11,7 @@ from intraslice_jax.config import ModelConfig
 from intraslice_jax.planning.memory import MeshSizes
 from intraslice_jax.prune.divergence import judging_shapes
 from intraslice_jax.prune.estimators import FromGradients, find_estimator
-from intraslice_jax.prune.sensitivity import RATIOS, KLSensitivity
+from intraslice_jax.prune.sensitivity import KLSensitivity, measured_ratios
 
 if TYPE_CHECKING:
     from intraslice_jax.planning.plan import Run
@@ -56,12 +56,12 @@ def whole_model_work(config: ModelConfig, pruned: ModelConfig, run: Run, mesh: M
     if isinstance(estimator, KLSensitivity):
         held = held_out_count(samples)
         share = (samples - held) / samples if samples > held else 1.0
-        flops = 0.0
+        flops, points = 0.0, len(measured_ratios(run.sparsity))
         for windows, read in judging_shapes(samples, seq):
             # Windows that the mesh does not divide go through every row of devices.
             devices = mesh.model if windows % mesh.data else mesh.devices
-            flops += divergence_flops(config, windows, read, RATIOS) / devices
-        found["kl"] = Work(flops, share, share * RATIOS, RATIOS)
+            flops += divergence_flops(config, windows, read, points) / devices
+        found["kl"] = Work(flops, share, share * points, points)
     if run.refine and samples > (held := held_out_count(samples)):
         flops = refinement_flops(config, pruned, samples, held, seq, run.refine)
         found["refinement"] = Work(flops / mesh.devices)

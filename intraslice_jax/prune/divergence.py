@@ -30,9 +30,9 @@ def judging(windows: Int[np.ndarray, "samples seq"]) -> tuple[np.ndarray, np.nda
     Prompts are short: a module may matter at their first tokens only, of which long windows have few. Those windows are
     calibrated on, too, but their first tokens are a small part of that.
     """
-    (early, few), (late, more) = EARLY, LATE
-    spread = np.linspace(0, len(windows) - 1, min(early, len(windows))).round().astype(int)
-    return windows[spread, :few], split_windows(windows)[1][-late:, :more]
+    (early, few), (late, more) = judging_shapes(*windows.shape)
+    spread = np.linspace(0, len(windows) - 1, early).round().astype(int)
+    return windows[spread, :few], windows[-late:, :more]
 
 
 def judging_shapes(samples: int, seq: int) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -47,9 +47,6 @@ class KLSensitivity(Resumable):
         return allocate_by_costs(model.config, ratios, costs, config)
 
 
-RATIOS = 2
-"""At how many ratios each module is pruned."""
-
 FAR, NEAR = 0.75, 0.5
 """The second ratio at which modules are pruned, and above which wanted one it is half of that instead."""
 

@@ -185,6 +185,15 @@ def test_results_of_eval_in_the_folder_are_taken_in(copy, caplog):
     assert "<td>piqa &lt;b&gt;</td><td>acc</td><td>0.6250 ± 0.0700</td><td>50</td><td>0.5000 ± 0.0700</td>" in table
 
 
+def test_a_result_without_losses_by_position_leaves_those_of_the_run(copy):
+    known = json.loads((copy / "report.json").read_text())["texts"]["held out.txt"]
+    same = {name: known[name] for name in ("sequence_length", "evaluated_tokens", "text_sha256")}
+    write_json(copy / "older.json", evaluation(copy, "pruned", perplexity=12.5, **same))
+    (found,) = read_run(copy).perplexities
+    assert found.pruned == 12.5
+    assert found.losses == {which: known[f"{which}_loss_by_position"] for which in ("dense", "pruned")}
+
+
 def test_without_matplotlib_the_page_has_its_tables(copy, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main(["report", str(copy), "-o", str(tmp_path / "out")]) == 0
